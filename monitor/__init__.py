@@ -1,0 +1,1 @@
+"""Watching: taps, detectors, verdicts. Nothing is here yet; see README.md."""
