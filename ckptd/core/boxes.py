@@ -164,11 +164,15 @@ def _prove_disjoint(name: str, boxes: list[Box]) -> None:
 
 
 def _first_hole(whole: Box, boxes: list[Box]) -> Box:
-    """A box that nothing covers; only called when there is one."""
-    remaining = [whole]
-    for box in boxes:
-        remaining = [piece for r in remaining for piece in subtract(r, box)]
-    return min(remaining)
+    """A box that nothing covers; only called when there is one. Depth first, so that a lying index of many holes costs little."""
+    todo = [(whole, 0)]
+    while True:
+        region, at = todo.pop()
+        while at < len(boxes) and region.intersect(boxes[at]) is None:
+            at += 1
+        if at == len(boxes):
+            return region
+        todo.extend((piece, at + 1) for piece in reversed(subtract(region, boxes[at])))
 
 
 def subtract(outer: Box, inner: Box) -> list[Box]:

@@ -38,6 +38,7 @@ HEADER_BYTES_MAX = 100_000_000
 """The safetensors library refuses larger headers (safetensors/src/tensor.rs, MAX_HEADER_SIZE)."""
 DIMS_MAX = 64
 """torch itself stops at 64 dimensions in its kernels."""
+_METADATA = "__metadata__"
 
 ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8,
@@ -136,16 +137,21 @@ def lay_out(  # noqa: PLR0913  the arguments are the image's own fields
 ) -> Layout:
     """Place the pieces. `objects_bytes` is the room kept for the JSON of a step's objects, doubled for its growth.
 
-    Raises Unstorable if the header would be larger than safetensors allows.
+    Raises Unstorable if the header would be larger than safetensors allows, or could not be read back.
     """
     ordered = sorted(pieces, key=lambda p: (-ITEM_BYTES[p.dtype], p.name, p.box))
+    names = {p.name for p in ordered}
+    _check_storable(ordered)
     entries: list[Entry] = []
     seen: dict[str, int] = {}
     at = 0
     for piece in ordered:
         count = seen.get(piece.name, 0)
-        seen[piece.name] = count + 1
         key = f"{piece.name}#{count}" if count else piece.name
+        while count and key in names:  # somebody's tensor is called so
+            count += 1
+            key = f"{piece.name}#{count}"
+        seen[piece.name] = count + 1
         entries.append(Entry(key, piece, at, at + piece.nbytes))
         at += piece.nbytes
     prefix = _prefix(entries, job=job, rank=rank, world_size=world_size, coords=coords, aliases=aliases)
@@ -154,6 +160,20 @@ def lay_out(  # noqa: PLR0913  the arguments are the image's own fields
         msg = f"image of rank {rank}: a header of {header_bytes} bytes is over safetensors' limit of {HEADER_BYTES_MAX}"
         raise Unstorable(msg, remedy="fewer tensors per rank (fuse small ones), or smaller objects")
     return Layout(header_bytes, header_bytes + at, tuple(entries), prefix)
+
+
+def _check_storable(pieces: Sequence[Piece]) -> None:
+    for piece in pieces:
+        if piece.name == _METADATA or _has_surrogate(piece.name):
+            msg = f"{piece.name!r}: a safetensors file cannot hold a tensor of this name"
+            raise Unstorable(msg, remedy="rename it")
+        if len(piece.shape) > DIMS_MAX:
+            msg = f"{piece.name}: {len(piece.shape)} dimensions, at most {DIMS_MAX} are stored"
+            raise Unstorable(msg)
+
+
+def _has_surrogate(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _prefix(
@@ -215,11 +235,11 @@ def parse(header: bytes | memoryview, image_bytes: int) -> Image:
     if len(header) < header_bytes:
         msg = f"truncated: {len(header)} of {header_bytes} header bytes"
         raise BadImage(msg)
-    table = _load(bytes(header[8:header_bytes]), "header")
+    table = _load(header[8:header_bytes], "header")
     if not isinstance(table, dict):
         msg = "header: not a JSON object"
         raise BadImage(msg)
-    described = table.pop("__metadata__", None)
+    described = table.pop(_METADATA, None)
     if not isinstance(described, dict) or not all(isinstance(v, str) for v in described.values()):
         msg = "header: __metadata__ is not a map of text to text"
         raise BadImage(msg)
@@ -250,7 +270,8 @@ def _parse_meta(text: str) -> Meta:
         raise NewerFormat(msg, remedy="upgrade ckptd")
     try:
         meta = msgspec.convert(raw, Meta)
-    except msgspec.ValidationError as e:
+        msgspec.msgpack.encode(meta)  # the index will say it so: text is Unicode, numbers have 64 bits
+    except (msgspec.ValidationError, UnicodeEncodeError, OverflowError, RecursionError) as e:
         msg = f"ckptd metadata: {e}"
         raise BadImage(msg) from e
     if meta.format < 1 or not 0 <= meta.rank < meta.world_size or meta.step < 0 or meta.attempt < 0:
@@ -307,8 +328,8 @@ class _TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data_offsets: tuple[int, int]
 
 
-def _load(text: str | bytes, what: str) -> Any:
-    """JSON, without the liberties that the standard parser takes: no duplicate keys, no NaN, bounded depth."""
+def _load(text: str | bytes | memoryview, what: str) -> Any:
+    """JSON, without the liberties that the standard parser takes: no duplicate keys, no NaN, no UTF-16, bounded depth."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -322,6 +343,8 @@ def _load(text: str | bytes, what: str) -> Any:
         raise BadImage(msg)
 
     try:
+        if not isinstance(text, str):
+            text = str(text, "utf-8")  # `json` itself would also guess UTF-16 and accept surrogates
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as e:
         msg = f"{what}: not JSON: {e}"

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from typing import Any
 
 import msgspec
 import zstandard
 
-from ckptd.core import checksum
+from ckptd.core import checksum as sums  # `checksum` is a field of the manifest
 from ckptd.core.boxes import Box, Shape, prove_tiles
 from ckptd.core.image import ITEM_BYTES, Image
 from ckptd.errors import BadManifest, ChecksumMismatch, NewerFormat, NotTiled
@@ -26,6 +27,7 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.msgpack.zst"
 FORMAT = "ckptd-manifest"
 VERSION = 1
+_INT_MAX = 2**63 - 1
 INDEX_BYTES_MAX = 4 << 30
 """An index of 40 million boxes; the frame's declared size is checked against it before anything is allocated."""
 
@@ -80,25 +82,56 @@ class Index:
     aliases: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        if sorted(self.images) != list(range(self.world_size)):
-            missing = sorted(set(range(self.world_size)) - set(self.images))
-            msg = f"step {self.step}: images of ranks {missing} of {self.world_size} are missing"
-            raise BadManifest(msg)
+        self._check_images()
         for name, info in self.tensors.items():
-            rows = self.rows.get(name, ())
-            if not rows:
-                msg = f"{name}: no image holds it"
-                raise NotTiled(msg)
-            prove_tiles(name, info.shape, (r.box for r in rows))
-            for row in rows:
-                held = self.images.get(row.image)
-                if held is None or not held.header_bytes <= row.begin <= row.end <= held.image_bytes:
-                    msg = f"{name}: bytes {row.begin} to {row.end} do not lie in image {row.image}"
-                    raise BadManifest(msg)
-                if row.end - row.begin != row.box.numel * ITEM_BYTES[info.dtype]:
-                    msg = f"{name}: {row.box} of {info.dtype} does not fill bytes {row.begin} to {row.end}"
-                    raise BadManifest(msg)
+            self._prove_rows(name, info)
+        self._prove_places()
         object.__setattr__(self, "aliases", {a: n for i in self.images.values() for a, n in i.aliases.items()})
+
+    def _check_images(self) -> None:
+        if min(self.attempt, self.step) < 0 or self.world_size < 1:
+            msg = f"impossible attempt {self.attempt}, step {self.step} or world size {self.world_size}"
+            raise BadManifest(msg)
+        if len(self.images) != self.world_size or not _are_ranks(sorted(self.images)):  # a lying world size costs nothing
+            missing = list(islice((r for r in range(self.world_size) if r not in self.images), 8))
+            msg = f"step {self.step}: {len(self.images)} images for {self.world_size} ranks; the first that are missing: {missing}"
+            raise BadManifest(msg)
+        for rank, image in self.images.items():
+            if image.rank != rank or not 0 <= image.header_bytes <= image.image_bytes:
+                msg = f"image {rank}: impossible rank {image.rank}, header of {image.header_bytes} or size of {image.image_bytes} bytes"
+                raise BadManifest(msg)
+
+    def _prove_rows(self, name: str, info: TensorInfo) -> None:
+        rows = self.rows.get(name, ())
+        if not rows:
+            msg = f"{name}: no image holds it"
+            raise NotTiled(msg)
+        prove_tiles(name, info.shape, (r.box for r in rows))
+        for row in rows:
+            held = self.images.get(row.image)
+            if held is None or not held.header_bytes <= row.begin <= row.end <= held.image_bytes:
+                msg = f"{name}: bytes {row.begin} to {row.end} do not lie in image {row.image}"
+                raise BadManifest(msg)
+            if row.end - row.begin != row.box.numel * ITEM_BYTES[info.dtype]:
+                msg = f"{name}: {row.box} of {info.dtype} does not fill bytes {row.begin} to {row.end}"
+                raise BadManifest(msg)
+
+    def _prove_places(self) -> None:
+        """No byte of an image belongs to two rows: boxes that tile a tensor must not share what fills them."""
+        places: dict[int, list[tuple[int, int, str]]] = {}
+        for name, rows in self.rows.items():
+            for row in rows:
+                if row.begin != row.end:
+                    places.setdefault(row.image, []).append((row.begin, row.end, name))
+        for rank, held_places in places.items():
+            for (_, end, one), (begin, _, other) in pairwise(sorted(held_places)):
+                if begin < end:
+                    msg = f"image {rank}: {one} and {other} share bytes {begin} to {end}"
+                    raise BadManifest(msg)
+
+
+def _are_ranks(ranks: Sequence[int]) -> bool:
+    return all(a == b for a, b in enumerate(ranks))
 
 
 def build_index(images: Mapping[int, Image], digests: Mapping[int, bytes]) -> Index:
@@ -117,7 +150,7 @@ def build_index(images: Mapping[int, Image], digests: Mapping[int, bytes]) -> In
         if meta.rank != rank:
             msg = f"the image of rank {rank} says that it is rank {meta.rank}'s"
             raise BadManifest(msg)
-        if len(digests[rank]) != checksum.block_count(image.image_bytes) * checksum.DIGEST_BYTES:
+        if len(digests[rank]) != sums.block_count(image.image_bytes) * sums.DIGEST_BYTES:
             msg = f"image {rank}: {len(digests[rank])} bytes of checksums for {image.image_bytes} bytes"
             raise BadManifest(msg)
         for entry in image.entries:
@@ -168,7 +201,7 @@ def encode_index(index: Index) -> bytes:
     packed = msgspec.msgpack.encode(
         _IndexFile(
             version=VERSION, job=index.job, attempt=index.attempt, step=index.step, world_size=index.world_size,
-            block_bytes=checksum.BLOCK_BYTES, images=[index.images[r] for r in sorted(index.images)],
+            block_bytes=sums.BLOCK_BYTES, images=[index.images[r] for r in sorted(index.images)],
             names=names, dtypes=[i.dtype for i in infos], views=[i.view for i in infos], shapes=[list(i.shape) for i in infos],
             tensor=[i for i, _ in flat], image=[r.image for _, r in flat],
             begin=[r.begin for _, r in flat], end=[r.end for _, r in flat],
@@ -193,7 +226,7 @@ def decode_index(data: bytes) -> Index:
             msg = f"index version {peek} is newer than this ckptd's {VERSION}"
             raise NewerFormat(msg, remedy="upgrade ckptd")
         file = msgspec.msgpack.decode(packed, type=_IndexFile)
-    except (zstandard.ZstdError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+    except (zstandard.ZstdError, msgspec.MsgspecError, ValueError, RecursionError, MemoryError) as e:
         msg = f"index: {e}"
         raise BadManifest(msg) from e
     try:
@@ -204,12 +237,15 @@ def decode_index(data: bytes) -> Index:
 
 
 def _index_of(file: _IndexFile) -> Index:
-    if file.block_bytes != checksum.BLOCK_BYTES:
+    if file.version < 1:
+        msg = f"index: impossible version {file.version}"
+        raise BadManifest(msg)
+    if file.block_bytes != sums.BLOCK_BYTES:
         msg = f"index: checksum blocks of {file.block_bytes} bytes are not known"
         raise BadManifest(msg)
     images = {i.rank: i for i in file.images}
     for info in images.values():
-        if len(info.digests) != checksum.block_count(info.image_bytes) * checksum.DIGEST_BYTES:
+        if len(info.digests) != sums.block_count(info.image_bytes) * sums.DIGEST_BYTES:
             msg = f"index: image {info.rank} has {len(info.digests)} bytes of checksums for {info.image_bytes} bytes"
             raise BadManifest(msg)
     if len(images) != len(file.images) or not len(file.names) == len(set(file.names)) == len(file.dtypes) == len(file.shapes):
@@ -268,21 +304,22 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created_unix_s: float
     format: str = FORMAT
     version: int = VERSION
-    checksum: str = checksum.ALGORITHM
-    block_bytes: int = checksum.BLOCK_BYTES
+    checksum: str = sums.ALGORITHM
+    block_bytes: int = sums.BLOCK_BYTES
 
     def __post_init__(self) -> None:
-        names = [i.name for i in self.images]
-        if [i.rank for i in self.images] != list(range(self.world_size)) or names != [image_name(r) for r in range(self.world_size)]:
+        ranks, names = [i.rank for i in self.images], [i.name for i in self.images]
+        if len(ranks) != self.world_size or not _are_ranks(ranks) or names != [image_name(r) for r in ranks]:
             msg = f"manifest: images {names[:4]}... are not those of {self.world_size} ranks in order"
             raise ValueError(msg)
-        if min(self.attempt, self.step, self.index.bytes, *(i.bytes for i in self.images)) < 0 or self.world_size < 1:
-            msg = "manifest: a negative number"
+        numbers = (self.attempt, self.step, self.index.bytes, *(i.bytes for i in self.images))
+        if min(numbers) < 0 or max(numbers) > _INT_MAX or min(self.world_size, self.version) < 1:
+            msg = "manifest: a negative number, or one of more than 63 bits"
             raise ValueError(msg)
         if self.format != FORMAT or self.index.name != INDEX_NAME:
             msg = f"manifest: format {self.format!r} with index {self.index.name!r}"
             raise ValueError(msg)
-        if self.checksum != checksum.ALGORITHM or self.block_bytes != checksum.BLOCK_BYTES:
+        if self.checksum != sums.ALGORITHM or self.block_bytes != sums.BLOCK_BYTES:
             msg = f"manifest: checksum {self.checksum} over {self.block_bytes} bytes is not known"
             raise ValueError(msg)
 
@@ -346,9 +383,14 @@ def check_rows(index: Index, rank: int, image: Image) -> None:
     """Raise BadManifest unless the index says of image `rank` exactly what the image's own header says."""
     said = {(n, r.box, r.begin, r.end) for n, rows in index.rows.items() for r in rows if r.image == rank}
     held = {(e.piece.name, e.piece.box, image.header_bytes + e.begin, image.header_bytes + e.end) for e in image.entries}
-    if said != held or index.images[rank].header_bytes != image.header_bytes:
-        wrong = sorted(n for n, *_ in said ^ held)[:4]
-        msg = f"image {rank}: index and header disagree about {wrong or 'the header size'}"
+    info = index.images[rank]
+    sizes = (info.header_bytes, info.image_bytes) == (image.header_bytes, image.image_bytes)
+    if said != held or not sizes:
+        wrong = sorted({n for n, *_ in said ^ held})[:4]
+        msg = f"image {rank}: index and header disagree about {wrong or 'the sizes'}"
+        raise BadManifest(msg)
+    if (info.coords, info.aliases, info.objects) != (image.meta.coords, image.meta.aliases, image.meta.objects):
+        msg = f"image {rank}: index and header disagree about coordinates, aliases or objects"
         raise BadManifest(msg)
     if (image.meta.job, image.meta.attempt, image.meta.step, image.meta.rank) != (index.job, index.attempt, index.step, rank):
         msg = f"image {rank}: its header is of another job, attempt, step or rank"

@@ -38,6 +38,12 @@ class LeafDecl(msgspec.Struct, frozen=True, array_like=True):
     boxes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     view: str = ""
     digest: bytes = b""
+    local: bool = False
+
+
+def local_name(name: str, rank: int) -> str:
+    """The name of a rank's own copy of a leaf that every rank has for itself."""
+    return f"{name}@r{rank}"
 
 
 def plan_capture(declared: Mapping[int, Sequence[LeafDecl]]) -> dict[int, list[Piece]]:
@@ -45,30 +51,33 @@ def plan_capture(declared: Mapping[int, Sequence[LeafDecl]]) -> dict[int, list[P
     holders: dict[str, dict[Box, list[int]]] = {}
     first: dict[str, tuple[int, LeafDecl]] = {}
     digests: dict[tuple[str, Box], tuple[int, bytes]] = {}
+    own: list[tuple[int, Piece]] = []
     for rank in sorted(declared):
         for leaf in declared[rank]:
             known_rank, known = first.setdefault(leaf.name, (rank, leaf))
-            if (known.dtype, known.shape, known.view) != (leaf.dtype, leaf.shape, leaf.view):
-                msg = (
-                    f"{leaf.name}: rank {known_rank} holds {known.dtype}{list(known.shape)}, "
-                    f"rank {rank} holds {leaf.dtype}{list(leaf.shape)}"
-                )
-                raise Unstorable(msg, remedy="names must be global: one name, one logical tensor, on all ranks")
+            _check_agree(known_rank, known, rank, leaf)
+            if leaf.local and known_rank != rank:
+                own.append((rank, Piece(local_name(leaf.name, rank), leaf.dtype, leaf.shape, Box.whole(leaf.shape), leaf.view)))
+                continue
+            held = holders.setdefault(leaf.name, {})  # even without a box: a tensor that nobody holds must not vanish
             for start, extent in leaf.boxes:
                 box = Box(start, extent)
-                holders.setdefault(leaf.name, {}).setdefault(box, []).append(rank)
+                held.setdefault(box, []).append(rank)
                 if leaf.digest:
                     _check_same(leaf, rank, digests.setdefault((leaf.name, box), (rank, leaf.digest)))
     load = dict.fromkeys(sorted(declared), 0)
     plan: dict[int, list[Piece]] = {rank: [] for rank in load}
+    for rank, piece in own:
+        plan[rank].append(piece)
+        load[rank] += piece.nbytes
     cut: list[tuple[Piece, list[int]]] = []
     for name, boxes in holders.items():
         leaf = first[name][1]
         prove_tiles(name, leaf.shape, boxes)
         kept = {b: r for b, r in boxes.items() if b.numel}
         if not kept:  # a tensor without elements still has a name, a dtype and a shape
-            box = min(boxes)
-            kept = {box: boxes[box]}
+            box = min(boxes, default=Box.whole(leaf.shape))
+            kept = {box: boxes.get(box, [first[name][0]])}
         for box, ranks in kept.items():
             whole = Piece(name, leaf.dtype, leaf.shape, box, leaf.view)
             if len(ranks) == 1:
@@ -83,6 +92,15 @@ def plan_capture(declared: Mapping[int, Sequence[LeafDecl]]) -> dict[int, list[P
         plan[rank].append(piece)
         load[rank] += piece.nbytes
     return plan
+
+
+def _check_agree(known_rank: int, known: LeafDecl, rank: int, leaf: LeafDecl) -> None:
+    if (known.dtype, known.shape, known.view) != (leaf.dtype, leaf.shape, leaf.view):
+        msg = f"{leaf.name}: rank {known_rank} holds {known.dtype}{list(known.shape)}, rank {rank} holds {leaf.dtype}{list(leaf.shape)}"
+        raise Unstorable(msg, remedy="names must be global: one name, one logical tensor, on all ranks")
+    if leaf.local != known.local:
+        msg = f"{leaf.name}: only one of ranks {known_rank} and {rank} says that it is each rank's own"
+        raise Unstorable(msg, remedy="give attach(local=[...]) the same names on all ranks")
 
 
 def _check_same(leaf: LeafDecl, rank: int, known: tuple[int, bytes]) -> None:
@@ -149,6 +167,8 @@ def _problem(index: Index, want: Want) -> str:
         return f"{want.name} is {list(info.shape)}, wanted {list(want.shape)}"
     if (info.dtype, info.view) != (want.dtype, want.view):
         return f"{want.name} is {info.view or info.dtype}, wanted {want.view or want.dtype}"
+    if not want.box.inside(want.shape):
+        return f"{want.name} is {list(info.shape)}, wanted {want.box} of it"
     return ""
 
 

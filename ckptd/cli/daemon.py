@@ -1,0 +1,40 @@
+"""`ckptd daemon`: the daemon in the foreground; what the unit and the launcher run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_parser(verbs: Any) -> None:
+    """The verb's arguments."""
+    p = verbs.add_parser(
+        "daemon",
+        help="the daemon in the foreground",
+        description="Run this node's daemon in the foreground. It leaves on SIGTERM, SIGINT, or after --linger-s without clients. "
+        "Under systemd it speaks the notify and file-descriptor-store protocols: see ckptd/ckptd.service.",
+    )
+    p.add_argument("--dir", metavar="DIR", help="directory of its socket (0700); default: $CKPTD_DIR, $RUNTIME_DIRECTORY, or the user's runtime directory")
+    p.add_argument("--peer-host", default="127.0.0.1", metavar="ADDRESS", help="address for other nodes' daemons (default %(default)s)")
+    p.add_argument("--insecure-peers", action="store_true", help="allow --peer-host off loopback, without authentication")
+    p.add_argument("--linger-s", type=float, default=0.0, metavar="S", help="leave after S seconds without a client (default: never)")
+    p.add_argument("--threads", type=int, default=2, metavar="N", help="threads for checksums and writing (default %(default)s)")
+    p.add_argument("--persist-timeout-s", type=float, default=3600.0, metavar="S", help="give up persisting a step after S seconds (default %(default)s)")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to leave."""
+    from ckptd import daemon
+
+    daemon.run(
+        daemon.Settings(
+            directory=args.dir,
+            peer_host=args.peer_host,
+            insecure_peers=args.insecure_peers,
+            linger_s=args.linger_s,
+            threads=args.threads,
+            persist_timeout_s=args.persist_timeout_s,
+        )
+    )
+    return 0

@@ -1,0 +1,56 @@
+"""`ckptd VERB ...`: find the verb, run it, turn errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from ckptd import __version__
+from ckptd.errors import CkptdError
+
+VERBS = ("run", "daemon", "status", "ls", "inspect", "verify")
+EPILOG = """exit status: 0 done; 1 an error without a class; 2 bad usage; 10 bad argument; 11 state that cannot be stored;
+12 keys that do not match; 13 snapshots exist and were not restored; 14 not found; 20 bad image; 21 bad manifest or index;
+22 newer format; 23 checksum mismatch; 24 boxes do not tile; 30 no daemon; 31 ranks missing; 32 peer failed; 40 memory refused;
+41 store failed; 70 a bug; 130 interrupted. `ckptd run` exits with the job's own status."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; importing a verb's module is cheap, none of them imports torch at the top."""
+    parser = argparse.ArgumentParser(
+        prog="ckptd",
+        description="Keeps distributed training alive: snapshots every step, survives what kills the job, gives the state back to any parallelism.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ckptd {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb in VERBS:
+        import_module(f"ckptd.cli.{verb}").add_parser(verbs)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        return int(args.run(args) or 0)
+    except CkptdError as e:
+        if getattr(args, "json", False):
+            print(json.dumps({"error": type(e).__name__, "message": e.message, "remedy": e.remedy, "exit_code": e.exit_code}))
+        print(f"ckptd {args.verb}: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

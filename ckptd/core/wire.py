@@ -1,0 +1,329 @@
+"""Messages, and how they are framed: u32 length (little endian), then msgpack of one tagged struct.
+
+One declaration is schema, validator and codec. `decode` raises PeerFailed for anything that is not one of these messages; the length is
+checked before memory is allocated. Requests carry an `id` that their reply repeats. No pickle on any wire.
+
+Local (Unix socket): trainers, launchers and the command line talk to their node's daemon. A message that brings a file descriptor says so
+in its docstring; descriptors travel by SCM_RIGHTS with the frame's first byte.
+Remote (TCP): daemons talk to daemons. `Blocks` is followed by `bytes` raw bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from ckptd.core.ladder import Holding
+from ckptd.errors import PeerFailed
+
+PROTOCOL = 1
+MESSAGE_BYTES_MAX = 16 << 20
+"""The longest message holds the checksums of an image: 16 MiB are those of one TiB."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class Request(Message, frozen=True, kw_only=True):
+    """A message that wants an answer with the same id."""
+
+    id: int
+
+
+# --- local: requests --------------------------------------------------------------------------------------------------------
+
+
+class Hello(Request, frozen=True, kw_only=True):
+    """First word of a client. Answer: Welcome."""
+
+    job: str = ""
+    role: str = "rank"
+    """"rank", "keeper" (launcher: is given every arena of the job) or "cli"."""
+    rank: int = -1
+    protocol: int = PROTOCOL
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """What the daemon is, and what it holds of the job; in-flight snapshots of dead ranks are settled first."""
+
+    id: int
+    daemon: str
+    peer_address: str
+    attempt_max: int
+    holdings: list[Holding]
+    failed: list[tuple[int, int, str]]
+
+
+class Join(Request, frozen=True, kw_only=True):
+    """A rank joins an attempt and asks for memory; with its arena's descriptor if it rejoins a new daemon. Answer: Granted (+ arena fd)."""
+
+    job: str
+    attempt: int
+    rank: int
+    world_size: int
+    local_count: int
+    node: int
+    peers: list[str]
+    """Peer addresses of the job's daemons, by node."""
+    image_bytes: int
+    """Bytes a slot must hold; 0 when rejoining."""
+    slots: int
+    store: str = ""
+    keep_newest: int = 2
+    keep_every: int = 0
+
+
+class Granted(Message, frozen=True, kw_only=True):
+    """+ arena fd if `brings`: not where it was handed back with Join."""
+
+    id: int
+    arena: str
+    slots: int
+    slot_bytes: int
+    brings: bool = True
+    note: str = ""
+
+
+class Open(Request, frozen=True, kw_only=True):
+    """Give access to an image that some daemon of the job holds. Answer: Opened (+ fd to map read-only)."""
+
+    job: str
+    attempt: int
+    step: int
+    rank: int
+    node: int
+
+
+class Opened(Message, frozen=True, kw_only=True):
+    """+ fd. The image lies at `offset`; only blocks that were ensured are valid."""
+
+    id: int
+    image: str
+    offset: int
+    image_bytes: int
+    digests: bytes
+
+
+class Ensure(Request, frozen=True, kw_only=True):
+    """Have these blocks present and verified in the opened image. Answer: Done."""
+
+    image: str
+    blocks: list[tuple[int, int]]
+    """[first, last) block numbers."""
+
+
+class Forget(Request, frozen=True, kw_only=True):
+    """The job is over: free its memory. Answer: Done."""
+
+    job: str
+
+
+class Status(Request, frozen=True, kw_only=True):
+    """Answer: Report."""
+
+
+class Report(Message, frozen=True, kw_only=True):
+    """The daemon's state as plain values."""
+
+    id: int
+    status: dict[str, Any]
+
+
+class Shutdown(Request, frozen=True, kw_only=True):
+    """Leave. Answer: Done, then the daemon goes."""
+
+
+class Done(Message, frozen=True, kw_only=True):
+    """Yes."""
+
+    id: int
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """No: the name of a class of `ckptd.errors`, its message and its remedy."""
+
+    id: int
+    error: str
+    message: str
+    remedy: str = ""
+
+
+# --- local: notices ---------------------------------------------------------------------------------------------------------
+
+
+class Filled(Message, frozen=True, kw_only=True):
+    """A slot's header says FILLED."""
+
+    step: int
+    slot: int
+    gen: int
+
+
+class Skipped(Message, frozen=True, kw_only=True):
+    """This rank will not have this step."""
+
+    step: int
+    reason: str
+
+
+class Persist(Message, frozen=True, kw_only=True):
+    """Persist the newest committed snapshot at or after `step`."""
+
+    step: int
+
+
+class Chose(Message, frozen=True, kw_only=True):
+    """The job's restore chose (attempt, step) in memory; -1, -1: the durable tier or a fresh start."""
+
+    attempt: int
+    step: int
+
+
+class RestoreFailed(Message, frozen=True, kw_only=True):
+    """(attempt, step) from `source` could not be restored."""
+
+    attempt: int
+    step: int
+    source: str
+    why: str
+
+
+class HandBack(Message, frozen=True, kw_only=True):
+    """+ arena fd: a keeper or a trainer gives an arena to a new daemon."""
+
+
+class Kept(Message, frozen=True, kw_only=True):
+    """+ arena fd: the daemon gives a keeper an arena to hold."""
+
+    arena: str
+
+
+class Dropped(Message, frozen=True, kw_only=True):
+    """A keeper may let go of an arena."""
+
+    arena: str
+
+
+class Reached(Message, frozen=True, kw_only=True):
+    """A snapshot reached a state: "committed", "persisted", "skipped", "persist failed: ..."."""
+
+    attempt: int
+    step: int
+    state: str
+
+
+# --- remote -----------------------------------------------------------------------------------------------------------------
+
+
+class PeerHello(Message, frozen=True, kw_only=True):
+    """First word of a daemon to a daemon, for one job. `node` now listens at `address`."""
+
+    job: str
+    attempt: int
+    node: int
+    address: str
+    protocol: int = PROTOCOL
+
+
+class PeerNews(Message, frozen=True, kw_only=True):
+    """Something of the life of a snapshot: `what` as in core.node.TellPeers; `digests` by rank when "written"."""
+
+    job: str
+    attempt: int
+    step: int
+    node: int
+    what: str
+    digests: dict[int, bytes] = {}
+    directory: str = ""
+
+
+class Describe(Message, frozen=True, kw_only=True):
+    """What is image `rank` of this snapshot? Answer: Described or Refused (id 0)."""
+
+    job: str
+    attempt: int
+    step: int
+    rank: int
+
+
+class Described(Message, frozen=True, kw_only=True):
+    """Size and checksums of an image."""
+
+    image_bytes: int
+    digests: bytes
+
+
+class Fetch(Message, frozen=True, kw_only=True):
+    """Send bytes [begin, end) of an image. Answer: Blocks and the bytes, or Refused (id 0)."""
+
+    job: str
+    attempt: int
+    step: int
+    rank: int
+    begin: int
+    end: int
+
+
+class Blocks(Message, frozen=True, kw_only=True):
+    """`bytes` raw bytes follow."""
+
+    bytes: int
+
+
+LOCAL = (
+    Hello | Welcome | Join | Granted | Open | Opened | Ensure | Forget | Status | Report | Shutdown | Done | Refused
+    | Filled | Skipped | Persist | Chose | RestoreFailed | HandBack | Kept | Dropped | Reached
+)  # fmt: skip
+REMOTE = PeerHello | PeerNews | Describe | Described | Fetch | Blocks | Refused
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODERS = {"local": msgspec.msgpack.Decoder(LOCAL), "remote": msgspec.msgpack.Decoder(REMOTE)}
+
+
+def encode(message: Message) -> bytes:
+    """A frame."""
+    body = _ENCODER.encode(message)
+    if len(body) > MESSAGE_BYTES_MAX:
+        msg = f"a {type(message).__name__} of {len(body)} bytes is over the limit of {MESSAGE_BYTES_MAX}"
+        raise PeerFailed(msg)
+    return len(body).to_bytes(4, "little") + body
+
+
+def decode(body: bytes | bytearray | memoryview, kind: str) -> Any:
+    """The message in a frame's body; `kind` is "local" or "remote". Raises PeerFailed."""
+    try:
+        return _DECODERS[kind].decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        msg = f"not a message of protocol {PROTOCOL}: {e}"
+        raise PeerFailed(msg) from e
+
+
+def frame_length(head: bytes | bytearray | memoryview) -> int:
+    """The length in a frame's first four bytes. Raises PeerFailed if it is out of bounds."""
+    length = int.from_bytes(head[:4], "little")
+    if not 0 < length <= MESSAGE_BYTES_MAX:
+        msg = f"a frame of {length} bytes is out of bounds (1 to {MESSAGE_BYTES_MAX})"
+        raise PeerFailed(msg)
+    return length
+
+
+class Framer:
+    """Bytes in, messages out. Holds at most one unfinished frame."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """Messages that `data` completes. Raises PeerFailed; the connection is then of no more use."""
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            end = 4 + frame_length(self._buffer)
+            if len(self._buffer) < end:
+                return
+            body = bytes(self._buffer[4:end])
+            del self._buffer[:end]
+            yield decode(body, self._kind)

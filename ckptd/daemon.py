@@ -1,0 +1,754 @@
+"""The daemon: one asyncio loop that owns all state, and a small pool for byte work.
+
+    clients (Unix socket) --+                         +--> pool: checksums, verification, images to the durable tier
+    peers (TCP)             +--> core.node.Node --> actions --> arenas (release), peers (news), ranks (notices)
+    pool (done, failed)   --+
+
+`Node` decides; this file performs. What it adds of its own is bookkeeping about processes: who is connected, who died, whose memory is whose.
+
+Invariants
+- a client that is slow, hung, hostile or dead costs nobody else anything: nothing awaits a client, answers are queued and bounded;
+- every await has a deadline; every failure is logged once, counted, and shown by `status`;
+- a rank's death is seen by its pidfd, not only by its socket: forked data-loader workers inherit sockets;
+- an arena changes hands only when its last owner is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ckptd import __version__, arena, notify, peers
+from ckptd.channel import Channel, Pipe, peer_of, pidfd_of, private_directory, socket_path
+from ckptd.core import checksum, node, slots, wire
+from ckptd.core.manifest import build_index
+from ckptd.core.retention import Retention
+from ckptd.errors import BadArgument, CkptdError, NotFound
+from ckptd.held import Arenas, Guest, seal_slot, verify_blocks
+from ckptd.storage import checkpoint, open_store
+
+log = logging.getLogger("ckptd.daemon")
+
+TICK_S = 0.5
+SETTLE_TIMEOUT_S = 30.0
+"""How long a Welcome waits for checksums of images that were complete when their trainers died: 30 s are 500 GB here."""
+ERRORS_KEPT = 50
+POOL_NICE = 5
+"""Byte work yields to training: it has until the next step's fence, training has no time at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a daemon runs."""
+
+    directory: str | None = None
+    """Where its socket lies; see `channel.socket_path`."""
+    peer_host: str = "127.0.0.1"
+    """Address on which other daemons reach it."""
+    insecure_peers: bool = False
+    """Allow `peer_host` off loopback."""
+    linger_s: float = 0.0
+    """Leave after this long without any client; 0: never."""
+    threads: int = 2
+    """Byte work at a time."""
+    persist_timeout_s: float = 3600.0
+    """A snapshot that is not persisted by then gives its memory back."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 1 or self.linger_s < 0 or self.persist_timeout_s <= 0:
+            msg = "threads must be at least 1, linger_s at least 0, persist_timeout_s above 0"
+            raise BadArgument(msg)
+
+
+@dataclass(eq=False, slots=True)
+class Client:
+    """A connection. A rank has an arena from its Join to its death."""
+
+    channel: Channel
+    pid: int
+    pidfd: int = -1
+    role: str = ""
+    job: str = ""
+    rank: int = -1
+    attempt: int = 0
+    arena: arena.Arena | None = None
+    alive: bool = True
+
+
+@dataclass(slots=True)
+class Tier:
+    """Where a job's checkpoints go, as its ranks said when they joined."""
+
+    url: str = ""
+    retention: Retention = field(default_factory=Retention)
+    last: str = ""
+
+
+class Daemon:
+    """One per node. `run` until a signal, `Shutdown`, or lingering ends it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.name = secrets.token_hex(6)
+        self.node = node.Node(persist_timeout_s=settings.persist_timeout_s)
+        self.arenas = Arenas()
+        self.peers = peers.Peers(self)
+        self.clients: set[Client] = set()
+        self.guests: dict[tuple[str, int, int, int], Guest] = {}
+        self.tiers: dict[str, Tier] = {}
+        self.written: dict[tuple[str, int, int], dict[int, bytes]] = {}
+        self.busy: Counter[str] = Counter()
+        self.errors: deque[str] = deque(maxlen=ERRORS_KEPT)
+        self.error_count = 0
+        self.started_s = self.idle_since_s = time.monotonic()
+        self._pool = ThreadPoolExecutor(settings.threads, "ckptd-bytes", initializer=_be_nice)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._settled = asyncio.Event()
+        self._leave = asyncio.Event()
+        self._actions: dict[type, Callable[..., None]] = {
+            node.Hash: self._do_hash,
+            node.Release: lambda a: self.arenas.release(a.ref),
+            node.TellPeers: self._do_tell_peers,
+            node.TellRanks: self._do_tell_ranks,
+            node.WriteImages: self._do_write_images,
+            node.WriteManifest: self._do_write_manifest,
+        }
+
+    # --- life ---------------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until told to leave. Raises BadArgument if another daemon serves here."""
+        path = socket_path(self.settings.directory)
+        private_directory(path.parent)
+        peers.check_bind(self.settings.peer_host, insecure=self.settings.insecure_peers)
+        lock = os.open(path.parent / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(lock)
+            msg = f"a daemon already serves {path}"
+            raise BadArgument(msg, remedy="use that one, or give another directory with --dir or CKPTD_DIR") from e
+        self._adopt_handed()
+        await self.peers.start(self.settings.peer_host)
+        listener = self._listen(path)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(listener, self._accept, listener)
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sig, self._leave.set)
+        notify.notify(f"READY=1\nSTATUS=serving {path}")
+        log.info("serving %s, peers at %s, %d arenas adopted", path, self.peers.address, len(self.arenas))
+        try:
+            await self._tick_until_told()
+        finally:
+            notify.notify("STOPPING=1")
+            loop.remove_reader(listener)
+            listener.close()
+            path.unlink(missing_ok=True)
+            for client in [*self.clients]:
+                client.channel.close("the daemon leaves")
+            await self.peers.stop()
+            for task in [*self._tasks]:
+                task.cancel()
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            os.close(lock)
+
+    def _listen(self, path: Path) -> socket.socket:
+        """Bind under a name of our own with mode 0600, then rename: nobody can connect to a half-made socket, and no stale one is in the way."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        temporary = path.with_name(f".daemon.{os.getpid()}.sock")
+        temporary.unlink(missing_ok=True)
+        old = os.umask(0o177)
+        try:
+            listener.bind(str(temporary))
+        finally:
+            os.umask(old)
+        listener.listen(128)
+        listener.setblocking(False)  # noqa: FBT003  the socket module's own signature
+        temporary.rename(path)
+        return listener
+
+    async def _tick_until_told(self) -> None:
+        watchdog_s = notify.watchdog_s()
+        period_s = min(TICK_S, watchdog_s or TICK_S)
+        while not self._leave.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(period_s):
+                    await self._leave.wait()
+            now_s = time.monotonic()
+            if watchdog_s:
+                notify.notify("WATCHDOG=1")
+            self._perform(self.node.receive(node.Tick(), now_s))
+            self._collect()
+            if self.clients:
+                self.idle_since_s = now_s
+            elif 0 < self.settings.linger_s < now_s - self.idle_since_s:
+                log.info("nobody was here for %.0f s: leaving", self.settings.linger_s)
+                return
+
+    def _adopt_handed(self) -> None:
+        for name, fd in notify.handed_fds():
+            if notify.is_memory(fd):
+                self._adopt(fd, f"handed over as {name!r}")
+            else:
+                os.close(fd)
+
+    def _adopt(self, fd: int, how: str) -> None:
+        """Take over an arena with everything complete in it."""
+        try:
+            adopted = arena.Arena.adopt(fd)
+        except CkptdError as e:
+            self._failed(f"arena {how}", e)
+            return
+        if self.arenas.add(adopted):
+            log.info("arena of job %s rank %d adopted, %s", adopted.descriptor.job, adopted.descriptor.rank, how)
+            self._scan(adopted)
+
+    # --- clients ------------------------------------------------------------------------------------------------------------
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return
+        pid, uid = peer_of(sock)
+        if uid not in {os.getuid(), 0}:
+            self._failed("a connection", BadArgument(f"user {uid} (pid {pid}) may not talk to this daemon"))
+            sock.close()
+            return
+        client = Client(Channel(Pipe(sock), self._on_message, self._on_close), pid)
+        client.channel.owner = client
+        self.clients.add(client)
+
+    def _on_message(self, channel: Channel, message: Any) -> None:
+        client: Client = channel.owner
+        if isinstance(message, wire.Request):
+            self._start(self._answer(client, message))
+            return
+        try:
+            self._notice(client, message)
+        except CkptdError as e:
+            self._failed(f"{type(message).__name__} of {client.job} rank {client.rank}", e)
+
+    def _on_close(self, channel: Channel, why: str) -> None:
+        client: Client = channel.owner
+        self.clients.discard(client)
+        if why:
+            log.info("client %d (%s %s rank %d) left: %s", client.pid, client.role, client.job, client.rank, why)
+        if client.pidfd < 0:
+            self._gone(client)  # otherwise its death, or the next line, comes by the pidfd
+        elif client.alive:
+            self._part(client)
+
+    def _watch(self, client: Client) -> None:
+        """See the process die, whoever still holds its socket."""
+        with contextlib.suppress(OSError):
+            client.pidfd = pidfd_of(client.channel.pipe.sock, client.pid)
+            asyncio.get_running_loop().add_reader(client.pidfd, self._died, client)
+
+    def _died(self, client: Client) -> None:
+        client.alive = False
+        asyncio.get_running_loop().remove_reader(client.pidfd)
+        os.close(client.pidfd)
+        client.pidfd = -1
+        client.channel.close("its process died")
+        self._gone(client)
+
+    def _part(self, client: Client) -> None:
+        """The connection ended, the process lives (it closed its session, or its link broke and will be back): look at what it left."""
+        if client.arena is not None:
+            self._scan(client.arena)
+
+    def _gone(self, client: Client) -> None:
+        """The process is dead: its memory is ours alone again."""
+        held, client.arena = client.arena, None
+        if held is not None:
+            self.arenas.void_torn(held)
+            self._scan(held)
+            self._verify_ahead(client.job)
+
+    def _scan(self, held: arena.Arena) -> None:
+        """Tell the node about complete fillings that it may not know: their messages died with the trainer or a daemon."""
+        job = held.descriptor.job
+        for ref, h in [*self.arenas.filled(held)]:
+            self._event(
+                node.Filled(job, h.attempt, h.step, h.rank, h.world_size, h.local_count, h.node, h.nodes, ref, h.image_bytes)
+            )
+
+    def _verify_ahead(self, job: str) -> None:
+        """A rank died, a restore will come: verify the newest committed images while the job's processes start."""
+        known = self.node.jobs.get(job)
+        snapshot = known.snapshots.get(known.committed) if known and known.committed else None
+        for image in snapshot.images.values() if snapshot else ():
+            blocks = range(checksum.block_count(image.image_bytes))
+            self._start(self._guarded(f"verifying step {snapshot.step if snapshot else 0}", self._verify(image.ref, image.image_bytes, blocks)))
+
+    def _notice(self, client: Client, message: Any) -> None:
+        match message:
+            case wire.Filled():
+                held = client.arena
+                header = held.header(message.slot) if held is not None and 0 <= message.slot < held.geometry.slots else None
+                if held is not None and header is not None and header.gen == message.gen and header.state == slots.FILLED:
+                    self._scan(held)
+            case wire.Skipped():
+                self._event(node.Skipped(client.job, client.attempt, message.step))
+            case wire.Persist():
+                self._event(node.PersistAsked(client.job, message.step))
+            case wire.Chose():
+                source = None if message.step < 0 else (message.attempt, message.step)
+                self._event(node.Chosen(client.job, client.attempt, source))
+                self._drop_guests(client.job)
+            case wire.RestoreFailed():
+                self._failed(f"restore of job {client.job} step {message.step} from {message.source}", PeerFailedHere(message.why))
+                self._event(node.RestoreFailed(client.job, message.attempt, message.step, message.source))
+            case wire.HandBack():
+                self._adopt(client.channel.pipe.take_fd(), f"handed back by process {client.pid}")
+            case _:
+                client.channel.close(f"unexpected {type(message).__name__}")
+
+    async def _answer(self, client: Client, request: wire.Request) -> None:
+        try:
+            match request:
+                case wire.Hello():
+                    await self._hello(client, request)
+                case wire.Join():
+                    await self._join(client, request)
+                case wire.Open():
+                    await self._open(client, request)
+                case wire.Ensure():
+                    await self._ensure(client, request)
+                case wire.Forget():
+                    self._forget(request.job)
+                    client.channel.send(wire.Done(id=request.id))
+                case wire.Status():
+                    client.channel.send(wire.Report(id=request.id, status=self.status()))
+                case wire.Shutdown():
+                    client.channel.send(wire.Done(id=request.id))
+                    self._leave.set()
+                case _:
+                    client.channel.close(f"unexpected {type(request).__name__}")
+        except CkptdError as e:
+            self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", e)
+            client.channel.send(wire.Refused(id=request.id, error=type(e).__name__, message=e.message, remedy=e.remedy))
+        except OSError as e:
+            self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", e)
+            client.channel.send(wire.Refused(id=request.id, error="DaemonUnreachable", message=str(e)))
+
+    async def _hello(self, client: Client, m: wire.Hello) -> None:
+        if m.protocol != wire.PROTOCOL:
+            msg = f"daemon {__version__} speaks protocol {wire.PROTOCOL}, the client speaks {m.protocol}"
+            raise BadArgument(msg, remedy="restart the daemon with the version of ckptd that the job uses")
+        client.role, client.job, client.rank = m.role, m.job, m.rank
+        if m.role == "rank":
+            self._watch(client)
+            await self._settle(m.job)
+        if m.role == "keeper":
+            for held in self.arenas.of(m.job):
+                client.channel.send(wire.Kept(arena=held.name), held.fd)
+        known = self.node.jobs.get(m.job)
+        attempts = [known.attempt, *(k[0] for k in known.snapshots)] if known else [0]
+        client.channel.send(
+            wire.Welcome(
+                id=m.id,
+                daemon=self.name,
+                peer_address=self.peers.address,
+                attempt_max=max(attempts),
+                holdings=self.node.holdings(m.job),
+                failed=sorted(known.failed) if known else [],
+            )
+        )
+
+    async def _settle(self, job: str) -> None:
+        """Wait until every image that was complete has its checksums, so that a restart is offered the newest step."""
+        for client in [*self.clients]:
+            if client.job == job and client.arena is not None and not client.alive:
+                self._gone(client)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_TIMEOUT_S):
+                while self.busy[job]:
+                    self._settled.clear()
+                    await self._settled.wait()
+
+    async def _join(self, client: Client, m: wire.Join) -> None:
+        known = self.node.jobs.get(m.job)
+        if known is not None and m.attempt < known.attempt:
+            msg = f"attempt {m.attempt} of job {m.job!r} is over: attempt {known.attempt} has begun"
+            raise BadArgument(msg)
+        if known is None or m.attempt > known.attempt:
+            self.arenas.forget_verified()
+        client.job, client.rank, client.attempt = m.job, m.rank, m.attempt
+        if m.image_bytes == 0:
+            self._adopt(client.channel.pipe.take_fd(), f"handed back by rank {m.rank}")
+        self._event(node.AttemptBegan(m.job, m.attempt, m.node, len(m.peers)))
+        self.tiers[m.job] = Tier(m.store, Retention(newest=m.keep_newest, every=m.keep_every), self._tier(m.job).last)
+        self.peers.join(m.job, m.attempt, m.node, m.peers)
+        held, note = await self._arena_for(m)
+        client.arena = held
+        geometry = held.geometry
+        client.channel.send(
+            wire.Granted(
+                id=m.id, arena=held.name, slots=geometry.slots, slot_bytes=geometry.slot_bytes, brings=m.image_bytes > 0, note=note
+            ),
+            None if m.image_bytes == 0 else held.fd,
+        )
+
+    async def _arena_for(self, m: wire.Join) -> tuple[arena.Arena, str]:
+        """The rank's own memory of the last attempt if it fits and nobody lives in it, else new memory."""
+        taken = {c.arena for c in self.clients if c.arena is not None}
+        for held in self.arenas.of(m.job, m.rank):
+            if held in taken:
+                continue
+            if m.image_bytes == 0 or held.geometry.slot_bytes >= m.image_bytes:
+                return held, ""
+        if m.image_bytes == 0:
+            msg = f"rank {m.rank} handed back no arena that can be used"
+            raise NotFound(msg)
+        joined = sum(c.job == m.job and c.attempt == m.attempt and c.arena is not None for c in self.clients)
+        allowed = arena.admit(m.image_bytes, m.slots, max(0, m.local_count - 1 - joined))
+        made = await self._in_pool(
+            partial(arena.Arena.create, job=m.job, rank=m.rank, slot_count=allowed, slot_bytes=m.image_bytes)
+        )
+        await self._in_pool(made.populate)
+        self.arenas.add(made)
+        for client in self.clients:
+            if client.role == "keeper" and client.job == m.job:
+                client.channel.send(wire.Kept(arena=made.name), made.fd)
+        note = "" if allowed == m.slots else f"{allowed} slots instead of {m.slots}: memory is short"
+        return made, note
+
+    async def _open(self, client: Client, m: wire.Open) -> None:
+        found = self._find(m.job, m.attempt, m.step, m.rank)
+        if found is not None:
+            ref, image_bytes = found
+            held = self.arenas.get(ref.arena)
+            if held is not None:
+                client.channel.send(
+                    wire.Opened(
+                        id=m.id, image=_image_id(m), offset=held.geometry.image_at(ref.slot), image_bytes=image_bytes,
+                        digests=self.arenas.digests(ref),
+                    ),
+                    held.fd,
+                )  # fmt: skip
+                return
+        key = (m.job, m.attempt, m.step, m.rank)
+        guest = self.guests.get(key)
+        if guest is None:
+            address = self.peers.address_of(m.job, m.node)
+            about = await self.peers.describe(address, *key)
+            guest = self.guests.setdefault(key, Guest.of(_image_id(m), m.node, about.image_bytes, about.digests))
+        client.channel.send(
+            wire.Opened(id=m.id, image=_image_id(m), offset=0, image_bytes=guest.image_bytes, digests=guest.digests), guest.fd
+        )
+
+    async def _ensure(self, client: Client, m: wire.Ensure) -> None:
+        job, attempt, step, rank = _parse_image_id(m.image)
+        blocks = [b for first, last in m.blocks for b in range(first, last)]
+        found = self._find(job, attempt, step, rank)
+        if found is not None:
+            ref, image_bytes = found
+            await self._verify(ref, image_bytes, blocks)
+        else:
+            await self._fetch((job, attempt, step, rank), blocks)
+        client.channel.send(wire.Done(id=m.id))
+
+    async def _verify(self, ref: node.SlotRef, image_bytes: int, blocks: Iterable[int]) -> None:
+        wanted = self.arenas.unverified(ref, blocks)
+        if wanted:
+            image, digests = self.arenas.image(ref, image_bytes), self.arenas.digests(ref)
+            await self._in_pool(partial(verify_blocks, f"slot {ref.slot} of {ref.arena}", image, digests, wanted))
+            self.arenas.verified(ref, wanted)
+
+    async def _fetch(self, key: tuple[str, int, int, int], blocks: Iterable[int]) -> None:
+        guest = self.guests.get(key)
+        if guest is None:
+            msg = f"image {key} is not open"
+            raise NotFound(msg)
+        size = guest.image_bytes
+        wanted = sorted({b for b in blocks if b not in guest.present and 0 <= b < checksum.block_count(size)})
+        ranges = [checksum.extent_of(b, size) for b in wanted]
+        address = self.peers.address_of(key[0], guest.node)
+        async for at, data in self.peers.fetch(address, *key, ranges):
+            block = at // checksum.BLOCK_BYTES
+            checksum.check_block(f"image of rank {key[3]} from {address}", block, data, guest.digests)
+            guest.mapping[at : at + len(data)] = data
+            guest.present.add(block)
+
+    def _find(self, job: str, attempt: int, step: int, rank: int) -> tuple[node.SlotRef, int] | None:
+        known = self.node.jobs.get(job)
+        snapshot = known.snapshots.get((attempt, step)) if known else None
+        image = snapshot.images.get(rank) if snapshot and snapshot.state != node.FILLING else None
+        return (image.ref, image.image_bytes) if image else None
+
+    def _forget(self, job: str) -> None:
+        if job in self.node.jobs:
+            self._event(node.Forget(job))
+        self.peers.leave(job)
+        self._drop_guests(job)
+        self.tiers.pop(job, None)
+        for held in self.arenas.of(job):
+            if not any(c.arena is held for c in self.clients):
+                self._drop_arena(held)
+
+    def _drop_guests(self, job: str) -> None:
+        for key in [k for k in self.guests if k[0] == job]:
+            self.guests.pop(key).close()
+
+    def _drop_arena(self, held: arena.Arena) -> None:
+        for client in self.clients:
+            if client.role == "keeper" and client.job == held.descriptor.job:
+                client.channel.send(wire.Dropped(arena=held.name))
+        self.arenas.drop(held.name)
+
+    def _collect(self) -> None:
+        """Free arenas that nobody owns and no snapshot needs, once the job's current attempt has ranks of its own."""
+        owned = {c.arena.name for c in self.clients if c.arena is not None}
+        for job in self.node.jobs.values():
+            if not any(c.job == job.name and c.attempt == job.attempt and c.arena is not None for c in self.clients):
+                continue
+            needed = {i.ref.arena for s in job.snapshots.values() for i in s.images.values()}
+            for held in self.arenas.of(job.name):
+                if held.name not in owned and held.name not in needed and job.committed and job.committed[0] == job.attempt:
+                    self._drop_arena(held)
+
+    # --- what the node asks for ---------------------------------------------------------------------------------------------
+
+    def _event(self, event: node.Event) -> None:
+        self._perform(self.node.receive(event, time.monotonic()))
+
+    def _perform(self, actions: Iterable[node.Action]) -> None:
+        for action in actions:
+            self._actions[type(action)](action)
+
+    def _do_hash(self, a: node.Hash) -> None:
+        self._start(self._hash(a))
+
+    async def _hash(self, a: node.Hash) -> None:
+        self.busy[a.job] += 1
+        try:
+            held = self.arenas.get(a.ref.arena)
+            if held is None:
+                return
+            image = self.arenas.image(a.ref, a.image_bytes)
+            await self._in_pool(partial(seal_slot, held, a.ref.slot, a.ref.gen, image))
+            self._event(node.Hashed(a.job, a.attempt, a.step, a.rank, a.ref))
+        except CkptdError as e:
+            self._failed(f"sealing step {a.step} of job {a.job} rank {a.rank}", e)
+            self._event(node.Skipped(a.job, a.attempt, a.step))
+        finally:
+            self.busy[a.job] -= 1
+            self._settled.set()
+
+    def _do_tell_peers(self, a: node.TellPeers) -> None:
+        here = self.node.jobs[a.job]
+        key = (a.job, a.attempt, a.step)
+        digests = self.written.pop(key, {}) if a.what == "written" else {}
+        news = wire.PeerNews(job=a.job, attempt=a.attempt, step=a.step, node=here.node, what=a.what, digests=digests)
+        self.peers.tell(news, only=0 if a.what == "written" else None)
+
+    def _do_tell_ranks(self, a: node.TellRanks) -> None:
+        for client in self.clients:
+            if client.role == "rank" and client.job == a.job:
+                client.channel.send(wire.Reached(attempt=a.attempt, step=a.step, state=a.state))
+
+    def _do_write_images(self, a: node.WriteImages) -> None:
+        self._start(self._persist(a, self._write_images(a)))
+
+    def _do_write_manifest(self, a: node.WriteManifest) -> None:
+        self._start(self._persist(a, self._write_manifest(a)))
+
+    async def _persist(self, a: node.WriteImages | node.WriteManifest, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except (CkptdError, OSError) as e:
+            self.written.pop((a.job, a.attempt, a.step), None)
+            self._failed(f"persisting step {a.step} of job {a.job}", e)
+            self._event(node.PersistFailed(a.job, a.attempt, a.step, str(e)))
+
+    async def _write_images(self, a: node.WriteImages) -> None:
+        url = self._tier(a.job).url
+        if not url:
+            msg = f"job {a.job!r} has no durable tier"
+            raise BadArgument(msg, remedy="give one: attach(store=...), or ckptd run --store")
+        held = {rank: (self.arenas.image(ref, size), self.arenas.digests(ref)) for rank, ref, size in a.refs}
+        await self._in_pool(partial(_write_images, url, a.job, a.step, a.attempt, held))
+        self.written.setdefault((a.job, a.attempt, a.step), {}).update({r: d for r, (_, d) in held.items()})
+        self._event(node.ImagesWritten(a.job, a.attempt, a.step))
+
+    async def _write_manifest(self, a: node.WriteManifest) -> None:
+        tier = self._tier(a.job)
+        digests = self.written.pop((a.job, a.attempt, a.step), {})
+        work = partial(_write_manifest, tier.url, a.job, a.step, a.attempt, a.world_size, digests, time.time())
+        tier.last = await self._in_pool(work)
+        self._event(node.Persisted(a.job, a.attempt, a.step))
+        await self._in_pool(partial(_retain, tier.url, a.job, tier.retention, tier.last))
+
+    def _tier(self, job: str) -> Tier:
+        return self.tiers.get(job) or Tier()
+
+    # --- peers.Local --------------------------------------------------------------------------------------------------------
+
+    def held(self, job: str, attempt: int, step: int, rank: int) -> peers.Held:
+        """An image in memory; raises NotFound."""
+        found = self._find(job, attempt, step, rank)
+        if found is None:
+            msg = f"step {step} (attempt {attempt}) of job {job!r} rank {rank} is not here"
+            raise NotFound(msg)
+        return peers.Held(self.arenas.image(*found), self.arenas.digests(found[0]))
+
+    def heard(self, news: wire.PeerNews) -> None:
+        """A peer told something."""
+        key = (news.job, news.attempt, news.step)
+        match news.what:
+            case "sealed":
+                self._event(node.PeerSealed(*key, news.node))
+            case "skipped":
+                self._event(node.Skipped(*key, news.node))
+            case "written":
+                self.written.setdefault(key, {}).update(news.digests)
+                self._event(node.ImagesWritten(*key, news.node))
+            case "persisted":
+                self._event(node.Persisted(*key, here=False))
+            case "persist failed":
+                self._event(node.PersistFailed(*key, f"node {news.node} could not", here=False))
+            case _:
+                log.debug("a peer says %r", news.what)
+
+    def sealed(self, job: str) -> list[tuple[int, int]]:
+        """Keys to begin a connection with."""
+        return self.node.sealed(job)
+
+    def attempt_of(self, job: str) -> int:
+        """The newest attempt known here."""
+        known = self.node.jobs.get(job)
+        return known.attempt if known else 0
+
+    # --- common -------------------------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Everything `ckptd status` shows, as plain values."""
+        return {
+            "version": __version__,
+            "daemon": self.name,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self.started_s, 1),
+            "peer_address": self.peers.address,
+            "memory_bytes": sum(a.geometry.arena_bytes for a in self.arenas),
+            "errors": self.error_count,
+            "last_errors": [*self.errors][-5:],
+            "jobs": {name: self._job_status(job) for name, job in self.node.jobs.items()},
+        }
+
+    def _job_status(self, job: node.Job) -> dict[str, Any]:
+        ranks = sorted(c.rank for c in self.clients if c.role == "rank" and c.job == job.name and c.arena is not None)
+        return {
+            "attempt": job.attempt,
+            "node": job.node,
+            "nodes": job.nodes,
+            "ranks": ranks,
+            "peers_connected": {str(n): ok for n, ok in self.peers.connected(job.name).items()},
+            "snapshots": [
+                {
+                    "attempt": s.attempt, "step": s.step, "state": s.state, "ranks": sorted(s.images),
+                    "bytes": sum(i.image_bytes for i in s.images.values()),
+                    "persisting": s.persist_since_s is not None, "persisted": s.persisted,
+                }
+                for _, s in sorted(job.snapshots.items())
+            ],
+            "committed": job.committed,
+            "persisted": job.persisted,
+            "store": self._tier(job.name).url,
+            "counters": asdict(job.counters),
+        }  # fmt: skip
+
+    async def _in_pool(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failed("a task", error)
+
+    async def _guarded(self, what: str, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except CkptdError as e:
+            self._failed(what, e)
+
+    def _failed(self, what: str, error: BaseException) -> None:
+        self.error_count += 1
+        self.errors.append(f"{what}: {error}")
+        known = isinstance(error, CkptdError | OSError)
+        log.warning("%s: %s", what, error, exc_info=None if known else error)
+
+
+class PeerFailedHere(CkptdError):
+    """A rank reported a failure of its own; only its text matters."""
+
+
+def _image_id(m: wire.Open) -> str:
+    return f"{m.attempt}/{m.step}/{m.rank}/{m.job}"
+
+
+def _parse_image_id(image: str) -> tuple[str, int, int, int]:
+    try:
+        attempt, step, rank, job = image.split("/", 3)
+        return job, int(attempt), int(step), int(rank)
+    except ValueError as e:
+        msg = f"{image!r} names no image"
+        raise NotFound(msg) from e
+
+
+def _be_nice() -> None:
+    """Pool threads only: setpriority's process 0 is the calling thread on Linux."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, POOL_NICE)
+
+
+def _write_images(url: str, job: str, step: int, attempt: int, held: dict[int, tuple[memoryview, bytes]]) -> None:
+    """Pool: this node's images into the durable tier, each read back."""
+    store = open_store(url)
+    directory = checkpoint.pick_directory(store, job, step, attempt)
+    for rank, (image, digests) in held.items():
+        checkpoint.write_image(store, directory, rank, image, digests)
+
+
+def _write_manifest(
+    url: str, job: str, step: int, attempt: int, world_size: int, digests: dict[int, bytes], created_unix_s: float
+) -> str:
+    """Pool: index and manifest, from the headers as the tier gives them back. Returns the directory."""
+    store = open_store(url)
+    directory = checkpoint.pick_directory(store, job, step, attempt)
+    missing = sorted(set(range(world_size)) - set(digests))
+    if missing:
+        msg = f"no checksums of ranks {missing}"
+        raise NotFound(msg)
+    images = {rank: checkpoint.read_header(store, directory, rank) for rank in range(world_size)}
+    checkpoint.write_manifest(store, directory, build_index(images, digests), created_unix_s)
+    return directory
+
+
+def _retain(url: str, job: str, retention: Retention, newest: str) -> None:
+    checkpoint.apply_retention(open_store(url), job, retention, {newest})
+
+
+def run(settings: Settings) -> None:
+    """Run a daemon in this process until it is told to leave."""
+    asyncio.run(Daemon(settings).run())

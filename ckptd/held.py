@@ -1,0 +1,158 @@
+"""What the daemon holds: arenas, the images in their slots, and guests (parts of images fetched from other daemons).
+
+Invariant: bytes are given out only for blocks whose checksum matched. For images of this node "matched" is remembered per filling until the
+next attempt begins, so that many ranks reading one image cost one pass over it.
+
+All methods run on the loop unless they say "pool"; those get immutable inputs and return values.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from ckptd import notify
+from ckptd.arena import Arena
+from ckptd.core import checksum, slots
+from ckptd.core.node import SlotRef
+from ckptd.errors import NotFound
+
+log = logging.getLogger("ckptd.held")
+
+
+@dataclass(eq=False, slots=True)
+class Guest:
+    """An image of another node: a sparse memfd that fills with the blocks that somebody asked for."""
+
+    fd: int
+    mapping: mmap.mmap
+    node: int
+    image_bytes: int
+    digests: bytes
+    present: set[int] = field(default_factory=set)
+
+    @staticmethod
+    def of(name: str, node: int, image_bytes: int, digests: bytes) -> Guest:
+        """An empty guest. It costs memory only for the blocks that arrive."""
+        fd = os.memfd_create(name[:200], os.MFD_CLOEXEC)
+        os.ftruncate(fd, image_bytes)
+        return Guest(fd, mmap.mmap(fd, image_bytes), node, image_bytes, digests)
+
+    def close(self) -> None:
+        """Free it; trainers that mapped it keep their mapping."""
+        self.mapping.close()
+        os.close(self.fd)
+
+
+class Arenas:
+    """All arenas, by name. A service manager gets a copy of each descriptor, so that they outlive this process."""
+
+    def __init__(self) -> None:
+        self._arenas: dict[str, Arena] = {}
+        self._verified: dict[SlotRef, set[int]] = {}
+
+    def __iter__(self) -> Iterator[Arena]:
+        return iter([*self._arenas.values()])
+
+    def __len__(self) -> int:
+        return len(self._arenas)
+
+    def get(self, name: str) -> Arena | None:
+        """An arena by its name."""
+        return self._arenas.get(name)
+
+    def add(self, arena: Arena) -> bool:
+        """Hold an arena; False (and closed) if it is held already."""
+        if arena.name in self._arenas:
+            arena.close()
+            return False
+        self._arenas[arena.name] = arena
+        notify.store_fd(f"ckptd-{arena.name}", arena.fd)
+        return True
+
+    def drop(self, name: str) -> None:
+        """Free an arena."""
+        arena = self._arenas.pop(name)
+        notify.drop_fd(f"ckptd-{name}")
+        self._verified = {ref: blocks for ref, blocks in self._verified.items() if ref.arena != name}
+        arena.close()
+
+    def of(self, job: str, rank: int | None = None) -> list[Arena]:
+        """Arenas of a job, or of one rank of it."""
+        return [
+            a for a in self._arenas.values() if a.descriptor.job == job and rank in {None, a.descriptor.rank}
+        ]
+
+    def image(self, ref: SlotRef, image_bytes: int) -> memoryview:
+        """The bytes of a filling. Raises NotFound if the slot holds another by now."""
+        arena = self._arenas.get(ref.arena)
+        if arena is None or arena.header(ref.slot).gen != ref.gen:
+            msg = f"slot {ref.slot} of arena {ref.arena} no longer holds filling {ref.gen}"
+            raise NotFound(msg)
+        return arena.image(ref.slot, image_bytes)
+
+    def digests(self, ref: SlotRef) -> bytes:
+        """The checksums of a sealed filling. Raises NotFound."""
+        arena = self._arenas.get(ref.arena)
+        seal = arena.seal(ref.slot) if arena else None
+        if seal is None or seal.gen != ref.gen:
+            msg = f"slot {ref.slot} of arena {ref.arena} has no checksums of filling {ref.gen}"
+            raise NotFound(msg)
+        return seal.digests
+
+    def release(self, ref: SlotRef) -> None:
+        """Give the slot back to its trainer."""
+        self._verified.pop(ref, None)
+        arena = self._arenas.get(ref.arena)
+        if arena is not None:
+            slots.release(arena.memory, arena.geometry.seal_at(ref.slot), ref.gen)
+
+    def void_torn(self, arena: Arena) -> None:
+        """The trainer of this arena is dead: what it was filling is nothing, and its successor may take the slot."""
+        for slot in range(arena.geometry.slots):
+            if arena.header(slot).state == slots.FILLING:
+                slots.flip(arena.memory, arena.geometry.header_at(slot), slots.VOID)
+
+    def filled(self, arena: Arena) -> Iterator[tuple[SlotRef, slots.Header]]:
+        """Fillings of an arena that were not released: what a successor or a death leaves to be found."""
+        for slot in range(arena.geometry.slots):
+            header, seal = arena.header(slot), arena.seal(slot)
+            fits = 0 < header.image_bytes <= arena.geometry.slot_bytes
+            if header.state == slots.FILLED and header.gen != seal.released_gen and fits:
+                yield SlotRef(arena.name, slot, header.gen), header
+
+    def forget_verified(self) -> None:
+        """A new attempt begins: what was verified for the last one is verified again."""
+        self._verified.clear()
+
+    def unverified(self, ref: SlotRef, blocks: Iterable[int]) -> list[int]:
+        """Those of `blocks` that nobody verified in this attempt."""
+        known = self._verified.get(ref, set())
+        return [b for b in blocks if b not in known]
+
+    def verified(self, ref: SlotRef, blocks: Iterable[int]) -> None:
+        """Remember that these matched."""
+        self._verified.setdefault(ref, set()).update(blocks)
+
+
+def seal_slot(arena: Arena, slot: int, gen: int, image: memoryview) -> None:
+    """Pool: make the checksums of a filling and write its seal; or, where a predecessor left a seal, check the bytes against it.
+
+    Raises ChecksumMismatch.
+    """
+    seal = arena.seal(slot)
+    if seal.gen == gen and len(seal.digests) == checksum.block_count(len(image)) * checksum.DIGEST_BYTES:
+        verify_blocks(f"slot {slot}", image, seal.digests, range(checksum.block_count(len(image))))
+        return
+    digests = checksum.digests_of(image)
+    slots.write_seal(arena.memory, arena.geometry.seal_at(slot), gen, digests)
+
+
+def verify_blocks(what: str, image: memoryview, digests: bytes, blocks: Iterable[int]) -> None:
+    """Pool: raise ChecksumMismatch at the first block that does not match."""
+    for block in blocks:
+        begin, end = checksum.extent_of(block, len(image))
+        checksum.check_block(what, block, image[begin:end], digests)

@@ -1,0 +1,251 @@
+"""Restore: fill live tensors from images, wherever those lie, all ranks from one step.
+
+Two phases, with a meeting of all ranks between them. *Stage*: find the index, plan, and have every wanted byte present and verified; no tensor is
+touched, any failure sends all ranks to the next rung of the ladder. *Apply*: copy, which cannot fail for want of bytes. So a bad
+image, a lost peer or a lying manifest never leaves a tensor half restored.
+
+Where the bytes are: images in this node's daemon are mapped and read in place (own slot, neighbours' slots); images of other daemons are fetched
+by ours, only the wanted blocks, into a sparse guest; images in the durable tier are read by this process, only the wanted blocks, into
+sparse anonymous memory. All three look alike from here: memory in which the ensured blocks of an image are right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ckptd.core import checksum, wire
+from ckptd.core.boxes import Box
+from ckptd.core.image import Image, header_bytes_of, parse
+from ckptd.core.ladder import Rung
+from ckptd.core.manifest import Index, build_index, check_rows, image_name
+from ckptd.core.plan import Copy, Want, byte_ranges, merge, plan_restore
+from ckptd.errors import BadImage
+from ckptd.link import Link
+from ckptd.state import TORCH_DTYPES
+from ckptd.storage import Store, checkpoint
+
+READ_BYTES = 8 << 20
+"""One read of the durable tier (DESIGN section 7's measurement: O_DIRECT or not, 8 MiB saturate the disk)."""
+READERS = 2
+
+
+class Source(Protocol):
+    """A complete snapshot somewhere."""
+
+    index: Index
+
+    def ensure(self, ranges: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+        """Have these byte ranges of these images present and verified. Raises CkptdError."""
+
+    def memory(self, image: int) -> tuple[memoryview, int]:
+        """Writable-looking memory in which the image begins at the given offset. Never written."""
+
+    def close(self) -> None:
+        """Let go of all mappings."""
+
+
+@dataclass(eq=False, slots=True)
+class _Mapped:
+    mapping: mmap.mmap
+    offset: int
+    name: str
+    image_bytes: int
+    digests: bytes
+
+
+class MemorySource:
+    """A snapshot in the daemons' memory."""
+
+    def __init__(self, link: Link, job: str, rung: Rung, timeout_s: float) -> None:
+        self._link = link
+        self._timeout_s = timeout_s
+        self._mapped: dict[int, _Mapped] = {}
+        try:
+            for rank, node in sorted(rung.nodes.items()):
+                self._mapped[rank] = self._open(job, rung, rank, node)
+            parsed = {rank: self._parse(mapped) for rank, mapped in self._mapped.items()}
+            self.index = build_index(parsed, {rank: m.digests for rank, m in self._mapped.items()})
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, job: str, rung: Rung, rank: int, node: int) -> _Mapped:
+        def request(i: int) -> wire.Open:
+            return wire.Open(id=i, job=job, attempt=rung.attempt, step=rung.step, rank=rank, node=node)
+
+        opened, fd = self._link.ask(request, wire.Opened, self._timeout_s)
+        if fd is None:
+            msg = f"image of rank {rank} came without its memory"
+            raise BadImage(msg)
+        try:
+            size = os.fstat(fd).st_size
+            if opened.offset + opened.image_bytes > size:
+                msg = f"image of rank {rank} does not lie in its memory of {size} bytes"
+                raise BadImage(msg)
+            # Private and writable, for torch has no read-only tensors; nothing is ever written, so no page is copied.
+            mapping = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE | mmap.MAP_NORESERVE)
+        finally:
+            os.close(fd)
+        return _Mapped(mapping, opened.offset, opened.image, opened.image_bytes, opened.digests)
+
+    def _parse(self, mapped: _Mapped) -> Image:
+        view = memoryview(mapped.mapping)[mapped.offset : mapped.offset + mapped.image_bytes]
+        self._ensure(mapped, [(0, 8)])
+        header_bytes = header_bytes_of(view[:8], mapped.image_bytes)
+        self._ensure(mapped, [(0, header_bytes)])
+        return parse(view[:header_bytes], mapped.image_bytes)
+
+    def _ensure(self, mapped: _Mapped, ranges: Iterable[tuple[int, int]]) -> None:
+        blocks = _block_ranges(ranges)
+        if blocks:
+            self._link.ask(lambda i: wire.Ensure(id=i, image=mapped.name, blocks=blocks), wire.Done, self._timeout_s)
+
+    def ensure(self, ranges: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+        """See Source; the daemon verifies, once for all ranks."""
+        for image, wanted in ranges.items():
+            self._ensure(self._mapped[image], wanted)
+
+    def memory(self, image: int) -> tuple[memoryview, int]:
+        """See Source."""
+        mapped = self._mapped[image]
+        return memoryview(mapped.mapping), mapped.offset
+
+    def close(self) -> None:
+        """See Source."""
+        for mapped in self._mapped.values():
+            with contextlib.suppress(BufferError):
+                mapped.mapping.close()
+
+
+class StoreSource:
+    """A checkpoint in the durable tier."""
+
+    def __init__(self, store: Store, directory: str) -> None:
+        self._store = store
+        self._directory = directory
+        self._memory: dict[int, mmap.mmap] = {}
+        self._present: dict[int, set[int]] = {}
+        _, self.index = checkpoint.read_checkpoint(store, directory)
+
+    def ensure(self, ranges: Mapping[int, Sequence[tuple[int, int]]]) -> None:
+        """See Source. Each image's own header is read too, and must say what the index says."""
+        work = [(image, span) for image, wanted in ranges.items() for span in self._missing(image, wanted)]
+        with ThreadPoolExecutor(READERS, "ckptd-read") as pool:
+            for done in [pool.submit(self._read, image, *span) for image, span in work]:
+                done.result()
+        for image in ranges:
+            info = self.index.images[image]
+            view = memoryview(self._memory[image])
+            if header_bytes_of(view[:8], info.image_bytes) != info.header_bytes:
+                msg = f"image {image}: its header is not as long as the index says"
+                raise BadImage(msg)
+            check_rows(self.index, image, parse(view[: info.header_bytes], info.image_bytes))
+
+    def _missing(self, image: int, wanted: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Spans of blocks that are not here yet, cut for reading; makes the image's memory on first use."""
+        info = self.index.images[image]
+        if image not in self._memory:
+            made = mmap.mmap(-1, max(info.image_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+            with contextlib.suppress(OSError):
+                made.madvise(mmap.MADV_HUGEPAGE)  # first touch of 4 KiB pages costs five copies, of huge pages less than one
+            self._memory[image], self._present[image] = made, set()
+        present = self._present[image]
+        per_read = READ_BYTES // checksum.BLOCK_BYTES
+        spans = []
+        for first, last in _block_ranges([(0, info.header_bytes), *wanted]):
+            blocks = [b for b in range(first, last) if b not in present]
+            present.update(blocks)
+            for low, high in merge((b, b + 1) for b in blocks):
+                spans += [(at, min(at + per_read, high)) for at in range(low, high, per_read)]
+        return spans
+
+    def _read(self, image: int, first: int, last: int) -> None:
+        info = self.index.images[image]
+        begin, end = first * checksum.BLOCK_BYTES, min(last * checksum.BLOCK_BYTES, info.image_bytes)
+        view = memoryview(self._memory[image])
+        name = f"{self._directory}/{image_name(image)}"
+        self._store.get(name, begin, view[begin:end])
+        for block in range(first, last):
+            low, high = checksum.extent_of(block, info.image_bytes)
+            checksum.check_block(name, block, view[low:high], info.digests)
+
+    def memory(self, image: int) -> tuple[memoryview, int]:
+        """See Source."""
+        return memoryview(self._memory[image]), 0
+
+    def close(self) -> None:
+        """See Source."""
+        for made in self._memory.values():
+            with contextlib.suppress(BufferError):
+                made.close()
+
+
+def _block_ranges(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Byte ranges -> merged [first, last) block numbers."""
+    size = checksum.BLOCK_BYTES
+    return merge((begin // size, -(-end // size)) for begin, end in ranges if end > begin)
+
+
+# --- staging and applying ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Everything a rank wants, present and verified."""
+
+    source: Source
+    copies: tuple[Copy, ...]
+    wants: tuple[Want, ...]
+    arrays: Mapping[str, Tensor]
+    """Arrays inside objects, by the name under which the image holds them."""
+
+
+def stage(source: Source, wants: Sequence[Want], array_wants: Sequence[Want], *, mine: int) -> Staged:
+    """Plan and ensure. Raises CkptdError; touches no live tensor."""
+    everything = (*wants, *array_wants)
+    copies = tuple(plan_restore(source.index, everything, mine=mine))
+    source.ensure(byte_ranges(copies, {i: w.dtype for i, w in enumerate(everything)}))
+    arrays = {}
+    for i, want in enumerate(array_wants, start=len(wants)):
+        made = torch.empty(want.box.extent, dtype=TORCH_DTYPES[want.dtype])
+        _copy(source, [c for c in copies if c.want == i], {i: (made, want.box, want.dtype)})
+        arrays[want.name] = made
+    return Staged(source, tuple(c for c in copies if c.want < len(wants)), tuple(wants), arrays)
+
+
+def apply(staged: Staged, targets: Callable[[int], Tensor]) -> int:
+    """Copy into the live tensors (`targets`: want number -> local tensor as stored). Returns the bytes copied."""
+    live = {i: (targets(i), w.box, w.dtype) for i, w in enumerate(staged.wants)}
+    _copy(staged.source, staged.copies, live)
+    return sum(t.nbytes for t, _, _ in live.values())
+
+
+def _copy(source: Source, copies: Iterable[Copy], targets: Mapping[int, tuple[Tensor, Box, str]]) -> None:
+    places, sources = [], []
+    bases: dict[tuple[int, str], Any] = {}
+    for c in copies:
+        place, box, dtype = targets[c.want]
+        memory, offset = bases.setdefault((c.image, ""), source.memory(c.image))
+        saved = torch.frombuffer(memory, dtype=TORCH_DTYPES[dtype], count=c.box.numel, offset=offset + c.begin)
+        sources.append(_narrow(saved.view(c.box.extent), c.part.relative_to(c.box)))
+        places.append(_narrow(place, c.part.relative_to(box)))
+    with torch.no_grad():
+        torch._foreach_copy_(places, sources) if places else None  # noqa: SLF001, B018  the public way to copy many tensors does not exist
+
+
+def _narrow(tensor: Tensor, box: Box) -> Tensor:
+    for dim, (start, extent) in enumerate(zip(box.start, box.extent, strict=True)):
+        if extent != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, start, extent)
+    return tensor
+
+

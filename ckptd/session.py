@@ -1,0 +1,1014 @@
+"""The session: ckptd in the training loop.
+
+    session = ckptd.attach(model=model, optimizer=optimizer, extras={"scheduler": sched, "loader": loader})
+    start = session.restore().step
+    for step in range(start + 1, total + 1):
+        ...
+        optimizer.step()
+        session.step(step)
+    session.close()
+
+`attach` and `restore` are collective: every rank of the job calls them, in the same order; they wait for each other and for the daemon, with
+deadlines. `step` is not: it takes what is free, hands the copying to the copier and returns. Whatever is wrong with the daemon - absent, dead,
+stopped, full, slow - costs snapshots, which are counted by reason in `status()`, never a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ckptd import restore as restoring
+from ckptd import spawn, state
+from ckptd.arena import Arena
+from ckptd.capture import Capture, copier_for, copy_batch, hash_of, pin, unpin
+from ckptd.channel import socket_path
+from ckptd.core import slots, typed, wire
+from ckptd.core.boxes import Box
+from ckptd.core.image import Layout, Piece, lay_out
+from ckptd.core.ladder import Durable, Holding, Rung, rungs
+from ckptd.core.manifest import Index
+from ckptd.core.plan import LeafDecl, Want, local_name, plan_capture
+from ckptd.errors import (
+    BadArgument,
+    Bug,
+    CkptdError,
+    DaemonUnreachable,
+    Lost,
+    NotFound,
+    NotRestored,
+    StateMismatch,
+    Unstorable,
+    UserError,
+)
+from ckptd.link import Link
+from ckptd.meeting import Meeting, meeting_of
+from ckptd.state import Leaf, Obj
+from ckptd.storage import checkpoint, open_store
+
+log = logging.getLogger("ckptd")
+
+SLOTS_DEFAULT = 3
+"""One committed, one on its way, one to fill: two would skip a step whenever the commit takes longer than the step's rest."""
+SLACK_BYTES = 1 << 20
+"""Added to each slot, so that objects may grow (a data loader's position, a scheduler's list) without a new arena."""
+
+ModelArg = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
+OptimizerArg = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `attach` was told, after the environment filled the gaps."""
+
+    job: str
+    store: str = ""
+    """Durable tier: a path or URL; "" for none."""
+    persist_every: int = 0
+    """Persist every n-th step; 0: only on `persist()`."""
+    slots: int = SLOTS_DEFAULT
+    keep_newest: int = 2
+    keep_every: int = 0
+    local: tuple[str, ...] = ()
+    """Patterns of tensor names that each rank has for itself."""
+    paranoid: bool = False
+    """Hash every source before and after its copy."""
+    directory: str | None = None
+    """Where the daemon's socket lies."""
+    start_daemon: bool = True
+    required: bool = False
+    """Raise where the default is to train on without snapshots."""
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        checkpoint.check_job(self.job)
+        if not slots.SLOTS_MIN <= self.slots <= slots.SLOTS_MAX:
+            msg = f"slots={self.slots}: a rank has {slots.SLOTS_MIN} to {slots.SLOTS_MAX} slots"
+            raise BadArgument(msg)
+        if self.persist_every < 0 or self.timeout_s <= 0 or self.keep_newest < 1 or self.keep_every < 0:
+            msg = "persist_every and keep_every must not be negative, keep_newest at least 1, timeout_s above 0"
+            raise BadArgument(msg)
+        if self.persist_every and not self.store:
+            msg = "persist_every needs a durable tier"
+            raise BadArgument(msg, remedy="give store=..., or CKPTD_STORE, or ckptd run --store")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore did. `source`: "memory", a directory of the durable tier, or "fresh"."""
+
+    step: int
+    source: str
+    attempt: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    """Bytes of tensors filled on this rank."""
+    warnings: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+
+class _Arrival(msgspec.Struct, array_like=True):
+    """What a rank brings to the first meeting."""
+
+    error: str = ""
+    message: str = ""
+    remedy: str = ""
+    no_daemon: str = ""
+    daemon: str = ""
+    address: str = ""
+    attempt_max: int = 0
+    holdings: list[Holding] = []
+    failed: list[tuple[int, int, str]] = []
+    durable: list[Durable] = []
+
+
+class _Place(msgspec.Struct, array_like=True):
+    """What it takes home: the attempt, its node among the daemons, and the ladder."""
+
+    attempt: int
+    no_daemon: str
+    node: int
+    local_count: int
+    peers: list[str]
+    rungs: list[Rung]
+
+
+@dataclass(slots=True)
+class _Bound:
+    """The capture plan bound to live tensors and one slot: built once per slot and layout, checked by identity per step."""
+
+    lazy: list[tuple[Leaf, Tensor, Tensor]] = field(default_factory=list)
+    eager: list[tuple[Leaf, Tensor, Tensor]] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    identities: list[tuple[Leaf, Tensor | None, int]] = field(default_factory=list)
+
+
+class Session:
+    """One rank's session. Methods are for the thread that trains; `status` may be called from any."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        models: Sequence[tuple[str, nn.Module]],
+        optimizers: Sequence[tuple[str, Optimizer]],
+        extras: Mapping[str, Any],
+        meeting: Meeting,
+    ) -> None:
+        self.settings = settings
+        self.rank, self.world_size = meeting.rank, meeting.world_size
+        self.attempt = 0
+        self.counts: Counter[str] = Counter()
+        self.inert = ""
+        """Why no snapshots are taken, if so."""
+        self._meeting = meeting
+        self._models, self._optimizers, self._extras = models, optimizers, extras
+        self._reached: dict[str, tuple[int, int]] = {}
+        self._condition = threading.Condition()
+        self._link = Link(socket_path(settings.directory), self._hello, self._on_notice)
+        self._arena: Arena | None = None
+        self._layouts: dict[Any, tuple[Layout, dict[int, _Bound]]] = {}
+        self._restored = False
+        self._closed = False
+        self._torn: set[str] = set()
+        self._last: tuple[int, int] | None = None
+        self._timings: dict[str, float] = {}
+        self._base: Tensor | None = None
+        self._pinned = False
+        self._place = _Place(0, "", 0, 1, [""], [])
+        self._persist_asked: int | None = None
+        self._declared_names: set[str] = set()
+
+    # --- attach -------------------------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        self._look()
+        arrival = self._arrive()
+        place = self._meeting.round("attach", msgspec.msgpack.encode(arrival), self._gather, self.settings.timeout_s)
+        self._place = msgspec.msgpack.decode(place, type=_Place)
+        self.attempt = self._place.attempt
+        self._copier = copier_for([t for leaf in self.leaves if (t := leaf.resolve()) is not None])
+        self._hooks = [
+            hook
+            for _, o in self._optimizers
+            for hook in (o.register_step_pre_hook(self._fence), o.register_load_state_dict_pre_hook(self._fence))
+        ]
+        self._plan()
+        if self._place.no_daemon:
+            self._go_inert(self._place.no_daemon)
+
+    def _look(self) -> None:
+        """Find all leaves and objects. An error is kept for the meeting, so that every rank hears it."""
+        self._error: CkptdError | None = None
+        self.leaves: list[Leaf] = []
+        self.objects: list[Obj] = []
+        self.aliases: dict[str, str] = {}
+        self.coords: dict[str, int] = {"rank": self.rank}
+        self.complete = True
+        try:
+            found = state.model_state(self._models, self.settings.local)
+            optims = [state.optimizer_state(prefix, o, found.fqns) for prefix, o in self._optimizers]
+            self.leaves = found.leaves + [leaf for o in optims for leaf in o.leaves]
+            self.objects = found.objects + state.merged([obj for o in optims for obj in o.objects])
+            self.objects += [state.extra_object(name, value) for name, value in self._extras.items()]
+            self.objects += state.rng_objects()
+            self.aliases = found.aliases
+            self.complete = all(o.complete for o in optims)
+            self.coords = state.coordinates((t for leaf in self.leaves if (t := leaf.resolve()) is not None), self.rank)
+            names = [leaf.name for leaf in self.leaves] + [obj.name for obj in self.objects]
+            doubled = sorted(n for n, count in Counter(names).items() if count > 1)
+            if doubled:
+                msg = f"{doubled[0]}: two parts of the state have this name"
+                raise Unstorable(msg, remedy="give several models or optimizers as a dict, so that their names differ")
+            self._encode_objects()
+        except CkptdError as e:
+            self._error = e
+
+    def _arrive(self) -> _Arrival:
+        arrival = _Arrival()
+        if self._error is not None:
+            e = self._error
+            arrival.error, arrival.message, arrival.remedy = type(e).__name__, f"rank {self.rank}: {e.message}", e.remedy
+            return arrival
+        try:
+            welcome = self._reach_daemon()
+            arrival.daemon, arrival.address = welcome.daemon, welcome.peer_address
+            arrival.attempt_max, arrival.holdings, arrival.failed = welcome.attempt_max, welcome.holdings, welcome.failed
+        except Lost as e:
+            arrival.no_daemon = f"rank {self.rank}: {e.message}"
+        if self.rank == 0 and self.settings.store:
+            try:
+                found = [f for f in checkpoint.list_checkpoints(open_store(self.settings.store), self.settings.job) if f.ok]
+                arrival.durable = [
+                    Durable(f.manifest.attempt, f.step, f.manifest.world_size, f.directory) for f in found if f.manifest is not None
+                ]
+            except CkptdError as e:
+                arrival.error, arrival.message, arrival.remedy = type(e).__name__, e.message, e.remedy
+        return arrival
+
+    def _reach_daemon(self) -> wire.Welcome:
+        try:
+            return self._link.open(self.settings.timeout_s / 2)
+        except DaemonUnreachable:
+            path = socket_path(self.settings.directory)
+            if not self.settings.start_daemon or path.exists():
+                raise
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                log.warning("no daemon at %s: starting one for this node", path)
+                spawn.start_daemon(self.settings.directory)
+            spawn.await_socket(path, self.settings.timeout_s / 4)
+            return self._link.open(self.settings.timeout_s / 4)
+
+    def _gather(self, brought: list[bytes]) -> list[bytes]:
+        """Rank 0: group the ranks by daemon, number the attempt, order the ladder."""
+        arrivals = [msgspec.msgpack.decode(b, type=_Arrival) for b in brought]
+        for a in arrivals:
+            if a.error:
+                raise _error_of(a.error, a.message, a.remedy)
+        no_daemon = next((a.no_daemon for a in arrivals if a.no_daemon), "")
+        daemons = [*dict.fromkeys(a.daemon for a in arrivals)]
+        durable = arrivals[0].durable
+        known = [a.attempt_max for a in arrivals] + [d.attempt for d in durable]
+        failed = {(f[0], f[1], f[2]) for a in arrivals for f in a.failed}
+        first = {d: next(a for a in arrivals if a.daemon == d) for d in daemons}
+        held = {} if no_daemon else {i: first[d].holdings for i, d in enumerate(daemons)}
+        ladder = rungs(held, durable, failed)
+        return [
+            msgspec.msgpack.encode(
+                _Place(
+                    max(known) + 1, no_daemon, daemons.index(a.daemon), sum(b.daemon == a.daemon for b in arrivals),
+                    [first[d].address for d in daemons], ladder,
+                )
+            )
+            for a in arrivals
+        ]  # fmt: skip
+
+    def _plan(self) -> None:
+        """Collective: who stores what, and memory for it. Again when the state's composition changed."""
+        declared = msgspec.msgpack.encode([self._declare(leaf) for leaf in self.leaves])
+        planned = self._meeting.round("plan", declared, self._plan_for_all, self.settings.timeout_s)
+        mine, names = msgspec.msgpack.decode(planned, type=tuple[list[_PieceMessage], list[str]])
+        self._pieces = [Piece(p.name, p.dtype, p.shape, Box(*p.box), p.view) for p in mine]
+        self._declared_names = set(names)
+        self._by_name = {leaf.name: leaf for leaf in self.leaves} | {
+            local_name(leaf.name, self.rank): leaf for leaf in self.leaves if leaf.local
+        }
+        self._layouts.clear()
+        if self._place.no_daemon or self.inert:
+            return
+        trouble = self._join()
+        outcome = self._meeting.round("join", trouble.encode(), _first_trouble, self.settings.timeout_s).decode()
+        if outcome:
+            self._go_inert(outcome)
+
+    def _declare(self, leaf: Leaf) -> LeafDecl:
+        """`digest` only where sharing is an assumption, and only of what exists."""
+        live = leaf.resolve() if leaf.assumed and not leaf.local and self.world_size > 1 else None
+        digest = b"" if live is None else hash_of(live).to_bytes(8, "little")
+        return LeafDecl(leaf.name, leaf.dtype, leaf.shape, ((leaf.box.start, leaf.box.extent),), leaf.view, digest, leaf.local)
+
+    @staticmethod
+    def _plan_for_all(brought: list[bytes]) -> list[bytes]:
+        declared = {r: msgspec.msgpack.decode(b, type=list[LeafDecl]) for r, b in enumerate(brought)}
+        plan = plan_capture(declared)
+        names = sorted({leaf.name for leaves in declared.values() for leaf in leaves})
+        return [
+            msgspec.msgpack.encode(
+                ([_PieceMessage(p.name, p.dtype, p.shape, (p.box.start, p.box.extent), p.view) for p in plan[r]], names)
+            )
+            for r in range(len(brought))
+        ]
+
+    def _join(self) -> str:
+        """Ask the daemon for memory; why not, if so."""
+        objects, arrays = self._encode_objects()
+        layout = self._lay_out(objects, arrays)
+        needed = layout.image_bytes + layout.header_bytes + SLACK_BYTES
+        if self._arena is not None and self._arena.geometry.slot_bytes >= needed:
+            return ""
+        try:
+            granted, fd = self._link.ask(lambda i: self._join_request(i, needed), wire.Granted, self.settings.timeout_s)
+            if fd is None:
+                msg = "the daemon granted memory and sent none"
+                raise Bug(msg)
+            arena = Arena.adopt(fd)
+        except CkptdError as e:
+            return f"rank {self.rank}: {e.message}" + (f" ({e.remedy})" if e.remedy else "")
+        if granted.note:
+            log.warning("rank %d: %s", self.rank, granted.note)
+        arena.populate()
+        self._arena = arena
+        self._pinned = pin(arena.memory)
+        self._base = torch.frombuffer(arena.memory, dtype=torch.uint8)
+        self._link.rejoin_with(lambda i: self._join_request(i, 0), arena.fd)
+        if self.rank == 0:
+            log.info(
+                "job %s attempt %d: %d ranks on %d nodes; rank 0 has %d slots of %.1f MB for an image of %.1f MB",
+                self.settings.job, self.attempt, self.world_size, len(self._place.peers), granted.slots,
+                granted.slot_bytes / 1e6, layout.image_bytes / 1e6,
+            )  # fmt: skip
+        return ""
+
+    def _join_request(self, number: int, image_bytes: int) -> wire.Join:
+        s, p = self.settings, self._place
+        return wire.Join(
+            id=number, job=s.job, attempt=self.attempt, rank=self.rank, world_size=self.world_size, local_count=p.local_count,
+            node=p.node, peers=p.peers, image_bytes=image_bytes, slots=s.slots, store=s.store,
+            keep_newest=s.keep_newest, keep_every=s.keep_every,
+        )  # fmt: skip
+
+    def _hello(self, number: int) -> wire.Hello:
+        return wire.Hello(id=number, job=self.settings.job, rank=self.rank)
+
+    def _go_inert(self, why: str) -> None:
+        self.inert = why
+        if self.settings.required:
+            raise DaemonUnreachable(why, remedy="start a daemon, or attach(required=False) to train without snapshots")
+        if self.rank == 0:
+            log.error("training goes on WITHOUT snapshots: %s", why)
+
+    # --- the step -----------------------------------------------------------------------------------------------------------
+
+    def step(self, step: int) -> None:
+        """Snapshot the state as it is after this step's update; returns at once. Call it after `optimizer.step()`, on every rank.
+
+        Raises NotRestored if snapshots of this job exist and `restore` was not called; nothing else for ckptd's own reasons.
+        """
+        if self._take(step) and self.settings.persist_every and step % self.settings.persist_every == 0:
+            self.persist(step)
+
+    snapshot = step
+
+    def _take(self, step: int) -> bool:
+        began_s = time.perf_counter()
+        if not self._restored:
+            self._begin_unrestored()
+        if self.inert or self._arena is None or self._closed:
+            self._skip(step, "no daemon", tell=False)
+            return False
+        self._copier.fence()
+        if not self.complete and not self._complete_plan():
+            return False
+        slot = self._free_slot()
+        if slot is None:
+            self._skip(step, "no free slot" if self._link.connected else "daemon gone")
+            return False
+        try:
+            self._fill(step, slot)
+        except CkptdError as e:
+            self._void(slot)
+            self._skip(step, type(e).__name__)
+            log.warning("step %d was not captured: %s", step, e)
+            return False
+        self._timings["step_s"] = time.perf_counter() - began_s
+        return True
+
+    def _begin_unrestored(self) -> None:
+        if self._place.rungs:
+            newest = self._place.rungs[0]
+            msg = f"step {newest.step} of job {self.settings.job!r} is there ({newest.source}), and the loop did not restore it"
+            raise NotRestored(msg, remedy="call session.restore() before the loop, or session.restore(fresh=True) to start from scratch")
+        self._chose(None)
+
+    def _complete_plan(self) -> bool:
+        """The optimizer could not be asked for its state before its first step: it has taken it, so plan now (collective, once)."""
+        self._look()
+        if self._error is None and self.complete:
+            self._plan()
+        else:
+            self.complete = True
+            self._go_inert(str(self._error) if self._error else "the optimizer's state cannot be known")
+        return not self.inert
+
+    def _free_slot(self) -> int | None:
+        arena = self._arena
+        if arena is None:
+            return None
+        for slot in range(arena.geometry.slots):
+            if slots.is_free(arena.header(slot), arena.seal(slot).released_gen):
+                return slot
+        return None
+
+    def _fill(self, step: int, slot: int) -> None:
+        arena = self._arena
+        if arena is None or self._base is None:
+            msg = "no arena"
+            raise Bug(msg)
+        objects, arrays = self._encode_objects()
+        layout, bound = self._bound(slot, objects, arrays)
+        if bound.absent:
+            objects["absent"] = {"policy": "absent", "value": [*bound.absent]}
+        header = arena.header(slot)
+        seal = arena.seal(slot)
+        at = arena.geometry.header_at(slot)
+        gen = max(header.gen, seal.gen, seal.released_gen) + 1
+        p = self._place
+        slots.begin(
+            arena.memory, at,
+            slots.Header(
+                slots.FILLING, gen, self.attempt, step, layout.image_bytes, self.rank, self.world_size, p.local_count, p.node, len(p.peers)
+            ),
+        )  # fmt: skip
+        image = arena.image(slot, layout.image_bytes)
+        image[: layout.header_bytes] = layout.render(attempt=self.attempt, step=step, objects=objects)
+        with torch.no_grad():
+            places = {e.piece.name: self._at(slot, layout, e) for e in layout.entries if e.piece.name in arrays}
+            copy_batch([*places.values()], [arrays[n] for n in places])
+            copy_batch([d for _, d, _ in bound.eager], [s for _, _, s in bound.eager])
+        flip_at, key = at, (self.attempt, step)
+
+        def finish(torn: list[str]) -> None:
+            if torn:
+                self._tear(slot, step, torn)
+                return
+            slots.flip(arena.memory, flip_at, slots.FILLED)
+            self._last = key
+            self.counts["captured"] += 1
+            self._link.tell(wire.Filled(step=step, slot=slot, gen=gen))
+
+        lazy = bound.lazy
+        self._copier.start(
+            Capture([s for _, _, s in lazy], [d for _, d, _ in lazy], [leaf.name for leaf, _, _ in lazy], finish, self.settings.paranoid)
+        )
+
+    def _tear(self, slot: int, step: int, torn: list[str]) -> None:
+        """Copier's thread: something wrote while it was copied. The image is void; what moved is eager from now on."""
+        self._void(slot)
+        self.counts["torn"] += 1
+        new = [n for n in torn if n not in self._torn]
+        if new:
+            self._torn.update(new)
+            self._layouts.clear()
+            log.warning("step %d: %s changed outside optimizer.step while it was copied: captured eagerly from now on", step, ", ".join(new[:5]))
+        self._skip(step, "torn")
+
+    def _void(self, slot: int) -> None:
+        if self._arena is not None:
+            slots.flip(self._arena.memory, self._arena.geometry.header_at(slot), slots.VOID)
+
+    def _skip(self, step: int, reason: str, *, tell: bool = True) -> None:
+        self.counts["skipped"] += 1
+        self.counts[f"skipped: {reason}"] += 1
+        if tell:
+            self._link.tell(wire.Skipped(step=step, reason=reason))
+
+    def _fence(self, *_args: Any) -> None:
+        began_s = time.perf_counter()
+        self._copier.fence()
+        self._timings["fence_s"] = time.perf_counter() - began_s
+
+    # --- layout and binding -------------------------------------------------------------------------------------------------
+
+    def _encode_objects(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The objects as typed JSON, and the arrays that it refers to. Raises Unstorable with the path of what cannot be stored."""
+        arrays: dict[str, Tensor] = {}
+
+        def put(path: str, value: Any) -> tuple[str, str] | None:
+            if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.dtype.isnative:
+                kind, tensor = "ndarray", torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape).copy())
+            elif isinstance(value, Tensor) and value.layout == torch.strided:
+                kind, tensor = "tensor", state.local_of(value).clone()
+            else:
+                return None
+            name = f"object/{path}@r{self.rank}"
+            arrays[name] = tensor
+            return kind, name
+
+        return {o.name: {"policy": o.policy, "value": typed.encode(o.get(), o.name, put)} for o in self.objects}, arrays
+
+    def _lay_out(self, objects: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Layout:
+        pieces = [*self._pieces]
+        for name, tensor in arrays.items():
+            dtype = state.DTYPES.get(tensor.dtype)
+            stored = state.stored_view(tensor, "" if dtype else "bytes")
+            view = "" if dtype else str(tensor.dtype).removeprefix("torch.")
+            pieces.append(Piece(name, dtype or "U8", tuple(stored.shape), Box.whole(stored.shape), view))
+        size = len(str(objects)) + 64 * len(objects)
+        return lay_out(
+            pieces, job=self.settings.job, rank=self.rank, world_size=self.world_size, coords=self.coords, aliases=self.aliases, objects_bytes=2 * size
+        )
+
+    def _bound(self, slot: int, objects: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> tuple[Layout, _Bound]:
+        """The layout for these arrays, and the plan bound to this slot; from the cache if every tensor is still the one it was."""
+        key = tuple((n, t.dtype, t.shape) for n, t in arrays.items()), len(str(objects)) >> 16
+        layout, bounds = self._layouts.get(key) or self._layouts.setdefault(key, (self._lay_out(objects, arrays), {}))
+        if self._arena is None or layout.image_bytes > self._arena.geometry.slot_bytes:
+            msg = f"the objects have grown: an image of {layout.image_bytes} bytes does not fit a slot"
+            raise Unstorable(msg, remedy="attach again, or keep large objects out of `extras`")
+        bound = bounds.get(slot)
+        if bound is None or any(not _same(live, leaf.resolve(), pointer) for leaf, live, pointer in bound.identities):
+            bound = bounds[slot] = self._bind(slot, layout)
+        return layout, bound
+
+    def _bind(self, slot: int, layout: Layout) -> _Bound:
+        bound = _Bound()
+        seen: set[str] = set()
+        for entry in layout.entries:
+            leaf = self._by_name.get(entry.piece.name)
+            if leaf is None:
+                continue
+            live = leaf.resolve()
+            if leaf.name not in seen:
+                seen.add(leaf.name)
+                bound.identities.append((leaf, live, _pointer(live)))
+                if live is None:
+                    bound.absent.append(leaf.name)
+                else:
+                    _check_unchanged(leaf, live)
+            place = self._at(slot, layout, entry)
+            if live is None:
+                place.zero_()
+            elif entry.piece.box.numel:
+                source = state.stored_view(state.local_of(live), leaf.view)
+                for dim, (start, extent) in enumerate(zip(*_in_leaf(entry.piece.box, leaf), strict=True)):
+                    source = source.narrow(dim, start, extent)
+                eager = leaf.eager or leaf.name in self._torn
+                (bound.eager if eager else bound.lazy).append((leaf, place, source))
+        return bound
+
+    def _at(self, slot: int, layout: Layout, entry: Any) -> Tensor:
+        """A piece's place in a slot, as a tensor."""
+        if self._arena is None or self._base is None:
+            msg = "no arena"
+            raise Bug(msg)
+        at = self._arena.geometry.image_at(slot) + layout.header_bytes + entry.begin
+        flat = self._base[at : at + entry.end - entry.begin]
+        place = flat.view(state.TORCH_DTYPES[entry.piece.dtype]).view(entry.piece.box.extent)
+        if entry.piece.view and entry.piece.name not in self._by_name:
+            return place.view(getattr(torch, entry.piece.view)).squeeze(-1)
+        return place
+
+    # --- restore ------------------------------------------------------------------------------------------------------------
+
+    def restore(self, *, step: int | None = None, strict: bool = True, fresh: bool = False, timeout_s: float = 600.0) -> Restored:
+        """Fill model, optimizers and extras from the newest step that can be had, the same on all ranks. Collective.
+
+        `step`: this one and no other. `fresh`: start from scratch although snapshots exist. `strict=False`: leave missing keys as they are.
+        Without any snapshot it returns step 0. Raises StateMismatch (keys, by name), NotFound (no such step), and, when snapshots exist and none
+        of them could be restored, the newest one's error: never a silent start from scratch.
+        """
+        began_s = time.perf_counter()
+        self._copier.fence()
+        ladder = [] if fresh else [r for r in self._place.rungs if step in {None, r.step}]
+        if step is not None and not ladder:
+            have = sorted({r.step for r in self._place.rungs})
+            msg = f"step {step} of job {self.settings.job!r} is not to be had; there are {have}"
+            raise NotFound(msg)
+        failures: list[str] = []
+        for number, rung in enumerate(ladder):
+            outcome = self._try(number, rung, strict=strict, timeout_s=timeout_s)
+            if isinstance(outcome, Restored):
+                self._restored = True
+                self._chose(rung)
+                took_s = time.perf_counter() - began_s
+                log.info("rank %d: step %d restored from %s in %.2f s", self.rank, outcome.step, outcome.source, took_s)
+                return replace(outcome, seconds=took_s)
+            failures.append(f"step {rung.step} from {rung.source}: {outcome}")
+            self._link.tell(wire.RestoreFailed(attempt=rung.attempt, step=rung.step, source=rung.source, why=outcome))
+            log.error("step %d could not be restored from %s: %s", rung.step, rung.source, outcome)
+        if failures:
+            msg = f"none of {len(failures)} snapshots could be restored: " + "; ".join(failures)
+            raise NotFound(msg, remedy="`ckptd verify` says what is wrong; restore(fresh=True) starts from scratch")
+        self._restored = True
+        self._chose(None)
+        return Restored(0, "fresh", seconds=time.perf_counter() - began_s)
+
+    def _chose(self, rung: Rung | None) -> None:
+        self._restored = True
+        in_memory = rung is not None and not rung.directory
+        key = rung.key if rung is not None and in_memory else (-1, -1)
+        self._link.tell(wire.Chose(attempt=key[0], step=key[1]))
+
+    def _try(self, number: int, rung: Rung, *, strict: bool, timeout_s: float) -> Restored | str:
+        """One rung: stage, meet, apply. Returns why it failed, the same on all ranks, or raises what is the caller's to mend."""
+        source: restoring.Source | None = None
+        brought = _Staging()
+        work: _Work | None = None
+        try:
+            source = self._open(rung, timeout_s)
+            work = _Work(self, source.index, strict=strict)
+            staged = restoring.stage(source, work.wants, work.array_wants, mine=self.rank)
+            work.decode(staged.arrays)
+            brought.unexpected = work.unexpected
+        except CkptdError as e:
+            brought.error, brought.message, brought.remedy = type(e).__name__, f"rank {self.rank}: {e.message}", e.remedy
+        except OSError as e:
+            brought.error, brought.message = "StoreFailed", f"rank {self.rank}: {e}"
+        try:
+            decision = self._meeting.round(f"restore-{number}", msgspec.msgpack.encode(brought), _all_staged, timeout_s).decode()
+            if decision or source is None or work is None:
+                return decision
+            filled = restoring.apply(staged, work.target)
+            work.finish()
+            return Restored(
+                rung.step, rung.source, rung.attempt, bytes=filled, warnings=tuple(work.warnings),
+                missing=tuple(work.missing), unexpected=tuple(work.unexpected),
+            )  # fmt: skip
+        finally:
+            del work
+            staged = None  # type: ignore[assignment]  # views into the mappings must be gone before they are closed
+            if source is not None:
+                source.close()
+
+    def _open(self, rung: Rung, timeout_s: float) -> restoring.Source:
+        if rung.directory:
+            return restoring.StoreSource(open_store(self.settings.store), rung.directory)
+        return restoring.MemorySource(self._link, self.settings.job, rung, timeout_s)
+
+    # --- the rest of the face -----------------------------------------------------------------------------------------------
+
+    def persist(self, step: int) -> None:
+        """Have the newest committed snapshot at or after `step` written to the durable tier, by the daemon; returns at once."""
+        if not self.settings.store:
+            msg = "persist needs a durable tier"
+            raise BadArgument(msg, remedy="give attach(store=...), or CKPTD_STORE, or ckptd run --store")
+        self._persist_asked = step
+        self._link.tell(wire.Persist(step=step))
+
+    def wait(self, what: str, step: int | None = None, *, timeout_s: float) -> bool:
+        """Wait until a snapshot at or after `step` (default: the last one taken) is "committed" or "persisted"; False at the deadline."""
+        if what not in {"committed", "persisted"}:
+            msg = f"wait({what!r}): a snapshot is waited for until it is 'committed' or 'persisted'"
+            raise BadArgument(msg)
+        self._copier.fence()
+        wanted = self._last if step is None else (self.attempt, step)
+        if wanted is None:
+            return False
+        with self._condition:
+            return self._condition.wait_for(lambda: self._reached.get(what, (-1, -1)) >= wanted, timeout_s)
+
+    def status(self) -> dict[str, Any]:
+        """Counters, timings and states, as plain values."""
+        return {
+            "job": self.settings.job,
+            "attempt": self.attempt,
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "inert": self.inert,
+            "connected": self._link.connected,
+            "reconnects": self._link.reconnects,
+            "counts": dict(self.counts),
+            "timings_s": dict(self._timings),
+            "reached": {k: v[1] for k, v in self._reached.items()},
+            "pinned": self._pinned,
+        }
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Wait for the last snapshot to be committed (and a persist that was asked for to end), at most `timeout_s`; then let go."""
+        if self._closed:
+            return
+        self._copier.fence()
+        deadline_s = time.monotonic() + timeout_s
+        if self._last is not None and self._link.connected and not self.inert:
+            if not self.wait("committed", timeout_s=timeout_s):
+                log.warning("rank %d: step %d was not committed within %.0f s", self.rank, self._last[1], timeout_s)
+            elif self._persist_asked is not None:
+                self.wait("persisted", self._persist_asked, timeout_s=max(0.0, deadline_s - time.monotonic()))
+        self._closed = True
+        self._copier.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._link.close()
+        if self._arena is not None:
+            if self._pinned:
+                unpin(self._arena.memory)
+            self._layouts.clear()
+            self._base = None
+            self._arena.close()
+            self._arena = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def _on_notice(self, message: Any) -> None:
+        """Link's thread: a snapshot reached a state."""
+        if isinstance(message, wire.Reached):
+            with self._condition:
+                key = message.attempt, message.step
+                self._reached[message.state] = max(key, self._reached.get(message.state, key))
+                self._condition.notify_all()
+            if message.state.startswith("persist failed"):
+                self.counts["persist failed"] += 1
+                log.error("step %d: %s", message.step, message.state)
+
+
+class _PieceMessage(msgspec.Struct, array_like=True):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    box: tuple[tuple[int, ...], tuple[int, ...]]
+    view: str
+
+
+class _Staging(msgspec.Struct):
+    """What a rank brings to the meeting between staging and applying."""
+
+    error: str = ""
+    message: str = ""
+    remedy: str = ""
+    unexpected: list[str] = []
+
+
+def _all_staged(brought: list[bytes]) -> list[bytes]:
+    """Rank 0: go on (b"") if every rank has staged; the caller's mistakes are raised, everything else sends all ranks down the ladder."""
+    outcomes = [msgspec.msgpack.decode(b, type=_Staging) for b in brought]
+    for o in outcomes:
+        if o.error and isinstance(_error_of(o.error, "", ""), UserError) and o.error != "NotFound":
+            raise _error_of(o.error, o.message, o.remedy)
+    failed = [o.message for o in outcomes if o.error]
+    why = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more ranks" if len(failed) > 3 else "")  # noqa: PLR2004
+    return [why.encode()] * len(brought)
+
+
+def _first_trouble(brought: list[bytes]) -> list[bytes]:
+    return [next((b for b in brought if b), b"")] * len(brought)
+
+
+def _error_of(name: str, message: str, remedy: str) -> CkptdError:
+    from ckptd import errors
+
+    kind: type[CkptdError] = getattr(errors, name, Lost)
+    return kind(message, remedy=remedy)
+
+
+def _same(live: Tensor | None, now: Tensor | None, pointer: int) -> bool:
+    return live is now and _pointer(now) == pointer
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else state.local_of(tensor).data_ptr()
+
+
+def _in_leaf(box: Box, leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Start and extent of a piece, counted in the local tensor. (A rank's own copy of a leaf is stored whole.)"""
+    inner = box.relative_to(leaf.box)
+    return inner.start, inner.extent
+
+
+def _check_unchanged(leaf: Leaf, live: Tensor) -> None:
+    stored = state.stored_view(state.local_of(live), leaf.view)
+    if tuple(stored.shape) != leaf.box.extent or state.DTYPES.get(stored.dtype) != leaf.dtype:
+        msg = f"{leaf.name}: it was {leaf.dtype}{list(leaf.box.extent)} here at attach, and is {stored.dtype} {list(stored.shape)} now"
+        raise Unstorable(msg, remedy="attach again after changing the model")
+
+
+class _Work:
+    """What one rank wants of one snapshot: tensors, arrays of objects, objects; decided before anything is touched."""
+
+    def __init__(self, session: Session, index: Index, *, strict: bool) -> None:
+        self._session, self._index = session, index
+        self.warnings: list[str] = []
+        self._same_mesh = index.world_size == session.world_size and index.images[session.rank].coords == session.coords
+        self._absent = {n for i in index.images.values() for n in i.objects.get("absent", {}).get("value", [])}
+        self._leaves = [leaf for leaf in session.leaves if leaf.name not in self._absent]
+        named = [(self._saved_name(leaf), leaf) for leaf in self._leaves]
+        self.missing = sorted(name for name, _ in named if name not in index.tensors)
+        if not strict:
+            self._leaves = [leaf for name, leaf in named if name in index.tensors]
+        self.wants = [Want(self._saved_name(leaf), leaf.dtype, leaf.shape, leaf.box, leaf.view) for leaf in self._leaves]
+        known = session._declared_names | {o.name for o in session.objects}  # noqa: SLF001  a part of the session
+        saved = {re.sub(r"@r\d+$", "", n) for n in index.tensors if not n.startswith("object/")}
+        saved |= {n for n in index.images[0].objects if n != "absent" and not n.startswith("rng.")}
+        self.unexpected = sorted(saved - known - self._absent)
+        self._objects = self._choose_objects()
+        gone = sorted({o.name for o in session.objects if not o.name.startswith("rng.")} - {o.name for o, _ in self._objects})
+        self.missing += gone
+        if strict and (gone or self.unexpected):
+            parts = [f"missing: {', '.join(gone)}"] * bool(gone) + [f"unexpected: {', '.join(self.unexpected[:8])}"] * bool(self.unexpected)
+            msg = f"step {index.step} does not fit: " + "; ".join(parts)
+            raise StateMismatch(msg, remedy="pass strict=False to restore what fits")
+        references: list[str] = []
+        for _, values in self._objects:
+            for value in values:
+                typed.decode(value, lambda _kind, name: references.append(name))
+        self.array_wants = [self._array_want(n) for n in dict.fromkeys(references)]
+        self._values: list[tuple[Obj, list[Any]]] = []
+
+    def _saved_name(self, leaf: Leaf) -> str:
+        own = local_name(leaf.name, self._session.rank)
+        return own if leaf.local and self._same_mesh and own in self._index.tensors else leaf.name
+
+    def _array_want(self, name: str) -> Want:
+        info = self._index.tensors.get(name)
+        if info is None:
+            msg = f"{name}: an object refers to it and no image holds it"
+            raise StateMismatch(msg)
+        return Want(name, info.dtype, info.shape, Box.whole(info.shape), info.view)
+
+    def _choose_objects(self) -> list[tuple[Obj, list[Any]]]:
+        """Per object, the saved values that this rank needs: its own, one that all share, or all of them to merge."""
+        images = self._index.images
+        chosen: list[tuple[Obj, list[Any]]] = []
+        for obj in self._session.objects:
+            values = {r: i.objects[obj.name]["value"] for r, i in images.items() if obj.name in i.objects}
+            if not values:
+                continue
+            if self._same_mesh and self._session.rank in values:
+                chosen.append((obj, [values[self._session.rank]]))
+            elif obj.policy == "optimizer":
+                chosen.append((obj, [*values.values()]))
+            elif obj.policy == "rng":
+                self.warnings.append(f"{obj.name}: the mesh changed, reseeded from job, step and rank")
+                chosen.append((obj, []))
+            else:
+                chosen.append((obj, self._shared(obj, values)))
+        return chosen
+
+    def _shared(self, obj: Obj, values: Mapping[int, Any]) -> list[Any]:
+        first = next(iter(values.values()))
+        if all(_without_rank(v) == _without_rank(first) for v in values.values()):
+            return [first]
+        if obj.policy == "loader" and hasattr(obj.target, "reshard_state_dict"):
+            return [*values.values()]
+        msg = f"{obj.name}: its state differs between the {len(values)} ranks that saved it, and the mesh changed"
+        raise StateMismatch(
+            msg, remedy="give the object reshard_state_dict(states, rank=, world_size=) -> state, or restore on the mesh that saved it"
+        )
+
+    def decode(self, arrays: Mapping[str, Tensor]) -> None:
+        """Turn the chosen JSON into values; the last thing that can fail."""
+
+        def get(kind: str, name: str) -> Any:
+            tensor, view = arrays[name], self._index.tensors[name].view
+            if view:
+                tensor = tensor.view(getattr(torch, view)).squeeze(-1)
+            return tensor.numpy().copy() if kind == "ndarray" else tensor.clone()
+
+        self._values = [(obj, [typed.decode(v, get) for v in values]) for obj, values in self._objects]
+
+    def target(self, want: int) -> Tensor:
+        """The live tensor of a want, as stored; optimizer state is made if it does not exist yet."""
+        leaf = self._leaves[want]
+        live = leaf.resolve()
+        if live is None:
+            if leaf.like is None:
+                msg = f"{leaf.name} vanished between attach and restore"
+                raise Bug(msg)
+            live = leaf.like()
+        return state.stored_view(state.local_of(live), leaf.view)
+
+    def finish(self) -> None:
+        """Give every object its value; random states last, for loading others may draw."""
+        for obj, values in sorted(self._values, key=lambda v: v[0].policy == "rng"):
+            if obj.policy == "rng" and not values:
+                self._reseed(obj)
+            elif obj.policy == "optimizer" and obj.name.endswith("param_groups"):
+                obj.set([g for v in values for g in v])
+            elif obj.policy == "optimizer":
+                obj.set({fqn: s for v in values for fqn, s in v.items()})
+            elif len(values) > 1:
+                s = self._session
+                obj.set(obj.target.reshard_state_dict(values, rank=s.rank, world_size=s.world_size))
+            else:
+                obj.set(values[0])
+
+    def _reseed(self, obj: Obj) -> None:
+        s = self._session
+        seed = xxhash.xxh3_64_intdigest(f"{s.settings.job}/{self._index.step}/{s.rank}/{obj.name}") >> 1
+        match obj.target:
+            case torch.Generator():
+                obj.target.manual_seed(seed)
+            case random.Random():
+                obj.target.seed(seed)
+            case np.random.Generator():
+                obj.target.bit_generator.state = type(obj.target.bit_generator)(seed).state
+            case _:
+                state.reseed(seed)
+
+
+def _without_rank(value: Any) -> Any:
+    """An object's JSON without the rank in its references, to compare ranks."""
+    return re.sub(r"@r\d+", "", repr(value))
+
+
+# --- attach -----------------------------------------------------------------------------------------------------------------
+
+
+def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
+    *,
+    model: ModelArg,
+    optimizer: OptimizerArg | None = None,
+    extras: Mapping[str, Any] | None = None,
+    job: str | None = None,
+    store: str | os.PathLike[str] | None = None,
+    persist_every: int | None = None,
+    slots: int | None = None,
+    keep_newest: int = 2,
+    keep_every: int = 0,
+    local: Iterable[str] = (),
+    paranoid: bool = False,
+    directory: str | None = None,
+    start_daemon: bool = True,
+    required: bool = False,
+    timeout_s: float = 60.0,
+    group: Any = None,
+) -> Session:
+    """Attach this rank's training state to its node's daemon. Collective over the ranks of the job.
+
+    model: a module, several (pipeline stages: FQNs are global, so they must differ), or a dict of them. Wrappers (DDP, compile) are seen through.
+    optimizer: one, several, or a dict; their state must be about parameters of the models.
+    extras: name -> anything with state_dict/load_state_dict (schedulers, scaler, data loader), dicts and lists of plain values, random generators.
+    job, store, persist_every, slots: default to $CKPTD_JOB (else torch elastic's run id, else the script's name), $CKPTD_STORE,
+    $CKPTD_PERSIST_EVERY, $CKPTD_SLOTS, which `ckptd run` sets.
+    local: patterns of tensor names that every rank has for itself. paranoid: hash every source before and after its copy.
+
+    Raises Unstorable (state that cannot be stored, by path), NotTiled (shards that do not tile), RanksMissing; and DaemonUnreachable or MemoryRefused
+    only if `required`: otherwise training goes on without snapshots, which is said once and counted.
+    """
+    env = os.environ
+    chosen = Settings(
+        job=job or env.get("CKPTD_JOB") or _run_id(env.get("TORCHELASTIC_RUN_ID", "")) or Path(sys.argv[0] or "job").stem or "job",
+        store=str(store) if store is not None else env.get("CKPTD_STORE", ""),
+        persist_every=persist_every if persist_every is not None else int(env.get("CKPTD_PERSIST_EVERY", "0")),
+        slots=slots if slots is not None else int(env.get("CKPTD_SLOTS", SLOTS_DEFAULT)),
+        keep_newest=keep_newest,
+        keep_every=keep_every,
+        local=tuple(local),
+        paranoid=paranoid,
+        directory=directory,
+        start_daemon=start_daemon,
+        required=required,
+        timeout_s=timeout_s,
+    )
+    session = Session(chosen, _by_prefix(model, nn.Module), _by_prefix(optimizer, Optimizer), dict(extras or {}), meeting_of(group))
+    session._attach()  # noqa: SLF001  the constructor only keeps; this is its other half
+    return session
+
+
+def _run_id(run_id: str) -> str:
+    """torch elastic's run id, if it is one that a restart of the whole job will have again (not "none", not --standalone's uuid)."""
+    return "" if run_id in {"", "none"} or re.fullmatch(r"[0-9a-f-]{36}", run_id) else run_id
+
+
+def _by_prefix(given: Any, kind: type) -> list[tuple[str, Any]]:
+    """One, several or named -> (prefix, object). Names become "<name>."; several share one namespace, for their FQNs are global."""
+    if given is None:
+        return []
+    if isinstance(given, kind):
+        return [("", given)]
+    found = [(f"{k}.", v) for k, v in given.items()] if isinstance(given, Mapping) else [("", v) for v in given]
+    wrong = [v for _, v in found if not isinstance(v, kind)]
+    if wrong:
+        msg = f"expected {kind.__name__}, a sequence or a dict of them, not {type(wrong[0]).__name__}"
+        raise BadArgument(msg)
+    return found
