@@ -106,7 +106,7 @@ def entry(**changes):
     ({"dtype": "f32"}, "unknown"),
     ({"shape": [2.0, 3]}, "float"), ({"shape": [True, 24]}, "bool"), ({"shape": [-2, -3]}, "negative"), ({"shape": None}, "shape"), ({"shape": "23"}, "shape"),
     ({"shape": [2**63, 2**63]}, "fill"), ({"shape": [2**32, 2**32]}, "fill"), ({"shape": [2**64 - 6, 1]}, "fill"), ({"shape": [1] * 65 + [6]}, "dimensions"),
-    ({"shape": [10**400]}, ""), ({"shape": [2, 3, 0]}, "fill"), ({"shape": [3]}, "fill"), ({"shape": {"0": 2}}, "shape"),
+    ({"shape": [10**400]}, "metadata"), ({"shape": [2, 3, 0]}, "fill"), ({"shape": [3]}, "fill"), ({"shape": {"0": 2}}, "shape"),
     ({"data_offsets": [0, 25]}, "fill"), ({"data_offsets": [0, 23]}, "fill"), ({"data_offsets": [-24, 0]}, "negative"), ({"data_offsets": [24, 0]}, "fill"),
     ({"data_offsets": [4, 28]}, "hole"), ({"data_offsets": [0]}, "data_offsets"), ({"data_offsets": [0, 24, 48]}, "data_offsets"),
     ({"data_offsets": [0.0, 24.0]}, "float"), ({"data_offsets": [False, 24]}, "bool"), ({"data_offsets": [2**64 - 24, 2**64]}, "hole"),
