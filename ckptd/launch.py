@@ -1,0 +1,364 @@
+"""`ckptd run`: torch elastic's agent, embedded, with a daemon that outlives it.
+
+What torchrun does not do, this does: it sees to a daemon and holds copies of every arena, so that a daemon that dies gets its memory back; it
+keeps standbys, so that a restart does not wait for imports; it sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE (without it gloo reads the dead
+generation's addresses: pytorch#135712); it stops a job that dies again and again without a new snapshot in between.
+
+Parts: `Keeper` (a thread: the daemon and the arenas), `Standbys` (processes), `Agent` (the subclass that marks times and asks the two).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.elastic.multiprocessing.api as elastic_processes
+from torch.distributed.elastic.agent.server.api import WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from torch.distributed.launcher import api as launcher_api
+
+from ckptd import spawn
+from ckptd.channel import Pipe, connect, socket_path
+from ckptd.core import wire
+from ckptd.errors import CkptdError, DaemonUnreachable
+from ckptd.trace import mark
+
+log = logging.getLogger("ckptd.launch")
+
+PING_S = 2.0
+HUNG_S = 20.0
+"""A daemon of ours that answers nothing for this long is killed and replaced; its memory is ours too."""
+FOREIGN_DAEMON_S = 5.0
+"""How long a daemon that somebody else runs (systemd) may take to come back before we start one."""
+BARREN_RESTARTS_MAX = 3
+"""Restarts in a row without a newly committed snapshot, after which the job is given up: it will not get better."""
+
+
+class Keeper:
+    """A thread that keeps a daemon running and holds copies of the job's arenas."""
+
+    def __init__(self, job: str, directory: str | None, linger_s: float) -> None:
+        self._job = job
+        self._directory = directory
+        self._linger_s = linger_s
+        self._path = socket_path(directory)
+        self._arenas: dict[str, int] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closing = threading.Event()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="ckptd-keeper", daemon=True)
+        self.replaced = 0
+        self.committed: Any = None
+        """Newest committed (attempt, step), as the daemon said last."""
+
+    def start(self, timeout_s: float = 20.0) -> None:
+        """Have a daemon; raises DaemonUnreachable."""
+        self._ensure_daemon(timeout_s)
+        self._thread.start()
+
+    def stop(self, *, forget: bool) -> None:
+        """End the thread. `forget`: the job is over, its memory may go, and the daemon too if it is ours."""
+        self._closing.set()
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+        self._thread.join(5.0)
+        if forget:
+            with contextlib.suppress(CkptdError, OSError):
+                _ask(self._path, wire.Forget(id=2, job=self._job))
+                if self._process is not None:
+                    _ask(self._path, wire.Shutdown(id=2))
+                    self._process.wait(5.0)
+        for fd in self._arenas.values():
+            os.close(fd)
+        self._arenas.clear()
+
+    def _ensure_daemon(self, timeout_s: float) -> None:
+        try:
+            connect(self._path, 2.0).close()
+        except DaemonUnreachable:
+            self._path.unlink(missing_ok=True)
+            self._process = spawn.start_daemon(self._directory, linger_s=self._linger_s, arenas=[*self._arenas.values()])
+            spawn.await_socket(self._path, timeout_s)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                pipe = connect(self._path, 2.0)
+            except DaemonUnreachable:
+                self._bring_back()
+                continue
+            try:
+                self._hold(pipe)
+            except (CkptdError, OSError, EOFError) as e:
+                log.debug("the daemon's line broke: %s", e)
+            finally:
+                pipe.close()
+
+    def _bring_back(self) -> None:
+        """The daemon is gone: start another with the arenas; one that is not ours gets time to be brought back by whoever runs it."""
+        if self._process is None:
+            until_s = time.monotonic() + FOREIGN_DAEMON_S
+            while time.monotonic() < until_s and not self._closing.is_set():
+                with contextlib.suppress(DaemonUnreachable):
+                    connect(self._path, 1.0).close()
+                    return
+                time.sleep(0.1)
+        if self._closing.is_set():
+            return
+        self.replaced += 1
+        log.warning("the daemon is gone: starting another with %d arenas", len(self._arenas))
+        mark("daemon replaced", arenas=len(self._arenas))
+        try:
+            self._ensure_daemon(20.0)
+        except (CkptdError, OSError):
+            log.exception("no daemon could be started; training goes on without snapshots")
+            self._closing.wait(5.0)
+
+    def _hold(self, pipe: Pipe) -> None:
+        """Greet, hand back what the daemon lacks, then hold what it sends until the line breaks or it hangs."""
+        pipe.put(wire.Hello(id=1, job=self._job, role="keeper"))
+        for fd in self._arenas.values():
+            pipe.put(wire.HandBack(), fd)
+        heard_s = asked_s = time.monotonic()
+        while not self._closing.is_set():
+            pipe.flush()
+            poller = select.poll()
+            poller.register(pipe.sock, select.POLLIN | (select.POLLOUT if pipe.wants_write else 0))
+            poller.register(self._wake, select.POLLIN)
+            poller.poll(500)
+            for message in pipe.read():
+                heard_s = time.monotonic()
+                self._take(pipe, message)
+            now_s = time.monotonic()
+            if now_s - asked_s > PING_S:
+                asked_s = now_s
+                pipe.put(wire.Status(id=3))
+            if now_s - heard_s > HUNG_S and self._process is not None:
+                log.error("the daemon (pid %d) has not answered for %.0f s: replacing it", self._process.pid, HUNG_S)
+                self._process.kill()
+                self._process.wait()
+                return
+
+    def _take(self, pipe: Pipe, message: Any) -> None:
+        match message:
+            case wire.Kept():
+                fd = pipe.take_fd()
+                if message.arena in self._arenas:
+                    os.close(fd)
+                else:
+                    self._arenas[message.arena] = fd
+            case wire.Dropped():
+                held = self._arenas.pop(message.arena, None)
+                if held is not None:
+                    os.close(held)
+            case wire.Report():
+                job = message.status["jobs"].get(self._job)
+                self.committed = job["committed"] if job else None
+
+    def committed_now(self) -> Any:
+        """The newest committed (attempt, step); what was heard last if the daemon does not answer."""
+        with contextlib.suppress(CkptdError, OSError, EOFError):
+            report = _ask(self._path, wire.Status(id=2))
+            job = report.status["jobs"].get(self._job)
+            self.committed = job["committed"] if job else None
+        return self.committed
+
+
+def _ask(path: Path, request: wire.Request, timeout_s: float = 5.0) -> Any:
+    """One request on a connection of its own. Raises CkptdError, OSError, EOFError."""
+    pipe = connect(path, timeout_s)
+    try:
+        pipe.put(wire.Hello(id=1, role="cli"))
+        pipe.put(request)
+        until_s = time.monotonic() + timeout_s
+        while (left_s := until_s - time.monotonic()) > 0:
+            pipe.flush()
+            select.select([pipe.sock], [], [], left_s)
+            for message in pipe.read():
+                if getattr(message, "id", 0) == request.id:
+                    return message
+    finally:
+        pipe.close()
+    msg = f"the daemon at {path} did not answer within {timeout_s:.0f} s"
+    raise DaemonUnreachable(msg)
+
+
+class Standbys:
+    """Processes that have imported what a worker needs."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._ready: deque[subprocess.Popen[bytes]] = deque()
+
+    def fill(self) -> None:
+        """Start as many as are missing; they import at the lowest priority."""
+        while len(self._ready) < self.count:
+            self._ready.append(
+                subprocess.Popen([sys.executable, "-u", "-m", "ckptd.standby"], stdin=subprocess.PIPE, start_new_session=True)
+            )
+
+    def take(self, argv: list[str], env: dict[str, str], stdout: str | None, stderr: str | None) -> subprocess.Popen[bytes] | None:
+        """A living standby, told to become this worker; None if there is none."""
+        while self._ready:
+            process = self._ready.popleft()
+            if process.poll() is None and process.stdin is not None:
+                order = json.dumps({"argv": argv, "env": env, "stdout": stdout, "stderr": stderr}).encode() + b"\n"
+                try:
+                    process.stdin.write(order)
+                    process.stdin.close()
+                except OSError:
+                    continue
+                return process
+        return None
+
+    def close(self) -> None:
+        """End those that nobody needs."""
+        while self._ready:
+            process = self._ready.popleft()
+            if process.stdin is not None:
+                process.stdin.close()
+            process.kill()
+            process.wait()
+
+
+class _Handler(SubprocessHandler):
+    """A worker's process: a standby where there is one, else a new one."""
+
+    standbys: Standbys | None = None
+
+    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes]:
+        if self.standbys is not None and args[:2] == (sys.executable, "-u"):
+            names = [getattr(f, "name", None) for f in (self._stdout, self._stderr)]
+            process = self.standbys.take([*args[2:]], env, names[0], names[1])
+            if process is not None:
+                return process
+        return super()._popen(args, env)
+
+
+class Agent(LocalElasticAgent):
+    """torch elastic's agent, with marks, standbys and an end to hopeless restarts."""
+
+    keeper: Keeper
+    standbys: Standbys
+    _barren = 0
+    _committed_before: Any = None
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        mark("workers starting")
+        pids: dict[int, Any] = super()._start_workers(worker_group)
+        mark("workers started", pids={str(k): v for k, v in pids.items()})
+        self._refill = threading.Timer(10.0, self.standbys.fill)  # not while the new workers come up
+        self._refill.daemon = True
+        self._refill.start()
+        return pids
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        super()._stop_workers(worker_group)
+        mark("workers stopped")
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> Any:
+        began = time.time()
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            exits = {str(r): f.exitcode for r, f in result.failures.items()}
+            mark("failure seen", exits=exits, seen_t=began)
+        return result
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        committed = self.keeper.committed_now()
+        self._barren = self._barren + 1 if committed == self._committed_before else 0
+        self._committed_before = committed
+        if self._barren >= BARREN_RESTARTS_MAX:
+            log.error("%d restarts in a row without a new snapshot (the newest is %s): giving the job up", self._barren, committed)
+            self._remaining_restarts = 0
+        super()._restart_workers(worker_group)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Launch and supervise; returns the job's exit status."""
+    from torch.distributed import run as torchrun
+
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    job = _job_name(args)
+    _single_node_rendezvous(args, torchrun)
+    config, command, command_args = torchrun.config_from_args(args)
+    settings = {
+        "CKPTD_JOB": job, "CKPTD_STORE": args.store, "CKPTD_PERSIST_EVERY": args.persist_every, "CKPTD_SLOTS": args.slots,
+        "CKPTD_DIR": args.dir, "CKPTD_PRELOAD": ",".join(args.preload),
+    }  # fmt: skip
+    os.environ.update({k: str(v) for k, v in settings.items() if v})
+    keeper = Keeper(job, args.dir, args.linger_s)
+    keeper.start()
+    standbys = Standbys(config.nproc_per_node if args.standby is None else args.standby)
+    Agent.keeper, Agent.standbys, _Handler.standbys = keeper, standbys, standbys
+    # Two names that torch elastic looks up at call time, in this process only: its agent class, and how it starts a process.
+    launcher_api.LocalElasticAgent = Agent  # type: ignore[misc]
+    elastic_processes.get_subprocess_handler = _Handler  # type: ignore[assignment]
+    finished = False
+    try:
+        launcher_api.elastic_launch(config=config, entrypoint=command)(*command_args)
+        finished = True
+    except ChildFailedError as e:
+        log.error("%s", e.format_msg())  # noqa: TRY400  the traceback is the worker's, and is in the message
+        return _status_of(e)
+    except elastic_processes.SignalException as e:
+        return 128 + int(e.sigval)
+    finally:
+        standbys.close()
+        keeper.stop(forget=finished and not args.keep)
+    return 0
+
+
+def _job_name(args: argparse.Namespace) -> str:
+    name = args.job or (args.rdzv_id if args.rdzv_id not in {"", "none", None} else "") or Path(args.training_script).stem
+    return str(name)
+
+
+def _single_node_rendezvous(args: argparse.Namespace, torchrun: Any) -> None:
+    """What torchrun's own `run` does for one node: a c10d store in this process, on a free port."""
+    _, max_nodes = torchrun.parse_min_max_nnodes(args.nnodes)
+    if args.standalone or (args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None and max_nodes == 1):
+        args.rdzv_backend, args.rdzv_endpoint = "c10d", "localhost:0"
+        args.rdzv_id = f"{_job_name(args)}-{os.getpid()}"
+    if args.master_port is None:
+        args.master_port = 29500
+
+
+def _status_of(error: ChildFailedError) -> int:
+    """The first failed worker's status, as a shell would give it."""
+    code = min(error.failures.values(), key=lambda f: f.timestamp).exitcode
+    return 128 - code if code < 0 else code
+
+
+def parser() -> argparse.ArgumentParser:
+    """torchrun's own parser, with our arguments beside."""
+    from torch.distributed.run import get_args_parser
+
+    p = get_args_parser()
+    p.prog = "ckptd run"
+    p.description = "torchrun under supervision: the same arguments, and a daemon that keeps every step's state through whatever kills the job."
+    p.set_defaults(max_restarts=100, monitor_interval=0.05)
+    ours = p.add_argument_group("ckptd")
+    ours.add_argument("--job", default=os.environ.get("CKPTD_JOB", ""), help="name of the job: a later run with this name resumes it (default: --rdzv-id, else the script's name)")
+    ours.add_argument("--store", default=os.environ.get("CKPTD_STORE", ""), metavar="PATH", help="durable tier: a directory that all nodes share")
+    ours.add_argument("--persist-every", type=int, default=int(os.environ.get("CKPTD_PERSIST_EVERY", "0")), metavar="N", help="persist every N-th step (default: only on session.persist)")
+    ours.add_argument("--slots", type=int, default=0, metavar="N", help="snapshots per rank in memory, 2 to 8 (default 3)")
+    ours.add_argument("--dir", default=os.environ.get("CKPTD_DIR"), metavar="DIR", help="directory of the daemon's socket")
+    ours.add_argument("--linger-s", type=float, default=spawn.LINGER_S, metavar="S", help="a daemon started here leaves S seconds after the last client (default %(default)s)")
+    ours.add_argument("--keep", action="store_true", help="keep the job's snapshots in memory after it has finished")
+    ours.add_argument("--standby", type=int, metavar="N", help="processes that have imported torch, waiting to replace workers (default: one per worker; 0: none)")
+    ours.add_argument("--preload", action="append", default=[], metavar="MODULE", help="import this in standbys too (may be repeated)")
+    return p
