@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -43,6 +44,8 @@ HUNG_S = 20.0
 """A daemon of ours that answers nothing for this long is killed and replaced; its memory is ours too."""
 FOREIGN_DAEMON_S = 5.0
 """How long a daemon that somebody else runs (systemd) may take to come back before we start one."""
+REFILL_S = 3.0
+"""Standbys are made this long after workers started: not while those come up."""
 BARREN_RESTARTS_MAX = 3
 """Restarts in a row without a newly committed snapshot, after which the job is given up: it will not get better."""
 
@@ -219,8 +222,11 @@ class Standbys:
                 try:
                     process.stdin.write(order)
                     process.stdin.close()
-                except OSError:
-                    continue
+                    # One that is still importing hurries now; one that cannot was never made slow (standby.may_raise_priority).
+                    os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0))
+                except OSError as e:
+                    if e.errno not in {errno.EACCES, errno.EPERM}:
+                        continue
                 return process
         return None
 
@@ -260,7 +266,7 @@ class Agent(LocalElasticAgent):
         mark("workers starting")
         pids: dict[int, Any] = super()._start_workers(worker_group)
         mark("workers started", pids={str(k): v for k, v in pids.items()})
-        self._refill = threading.Timer(10.0, self.standbys.fill)  # not while the new workers come up
+        self._refill = threading.Timer(REFILL_S, self.standbys.fill)
         self._refill.daemon = True
         self._refill.start()
         return pids

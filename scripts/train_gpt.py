@@ -223,7 +223,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--restore-only", action="store_true")
     p.add_argument("--restore-step", type=int)
     p.add_argument("--without-ckptd", action="store_true", help="the same loop, ckptd not attached: the baseline")
-    p.add_argument("--fault", default="", help="tests only: KIND:rank=R,step=S[,at=N]; see tests/train/faults.py")
+    p.add_argument("--fault", action="append", default=[], help="tests only: KIND:rank=R,step=S[,at=N]; see tests/train/faults.py")
     return p.parse_args()
 
 
@@ -240,7 +240,8 @@ def main() -> None:
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "train"))
         import faults
 
-        faults.arm(a.fault, rank, a.out)
+        for spec in a.fault:
+            faults.arm(spec, rank, a.out)
     mark("group ready", rank=rank)
     torch.manual_seed(a.seed)
     model, run, dp_rank, dp_size = build(a)
@@ -277,10 +278,11 @@ def main() -> None:
         optimizer.zero_grad()
         scheduler.step()
         notes["seen"] = step
+        draw = torch.rand(()).item()
         if session is not None:
             session.step(step)
         took = time.perf_counter() - began
-        line = {"step": step, "loss": None if loss is None else loss.item(), "positions": positions, "draw": torch.rand(()).item(), "s": took}
+        line = {"step": step, "loss": None if loss is None else loss.item(), "positions": positions, "draw": draw, "s": took}
         log.write(json.dumps(line) + "\n")
         log.flush()
         mark("step", rank=rank, step=step, s=took)

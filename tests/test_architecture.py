@@ -52,8 +52,8 @@ TORCH = frozenset(f"ckptd.{name}" for name in "state capture restore session mee
 """Modules that may import torch. Everything else runs in the daemon or on a command line, which start without it."""
 
 UNSAFE_MODULES = frozenset({"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"})
-UNSAFE_CALLS = frozenset({"eval", "exec", "yaml.load", "torch.load", "os.system", "os.popen", "runpy.run_path"})
-MAY_RUN_CODE = {"ckptd.standby": {"exec", "runpy.run_path"}}
+UNSAFE_CALLS = frozenset({"eval", "exec", "yaml.load", "torch.load", "os.system", "os.popen", "runpy.run_path", "runpy.run_module"})
+MAY_RUN_CODE = {"ckptd.standby": {"exec", "runpy.run_module"}}
 """A standby becomes the user's own training script; that is its work."""
 
 LINES_MAX = 700

@@ -33,7 +33,11 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("path", metavar="PATH", help="a step's directory, or an image (.safetensors)")
     p.add_argument("--json", action="store_true", help="print one JSON document")
     p.add_argument(
-        "--tensors", metavar="PATTERN", nargs="?", const="*", help="list the tensors whose name matches (shell wildcards; default: all)"
+        "--tensors",
+        metavar="PATTERN",
+        nargs="?",
+        const="*",
+        help="list the tensors whose name matches (shell wildcards; default: all)",
     )
     p.add_argument("--objects", action="store_true", help="show the objects of each rank: schedulers, RNG, counters ...")
     p.set_defaults(run=run)
@@ -153,7 +157,8 @@ def _document(place: show.Place, manifest: Manifest, index: Index, names: list[s
                 "view": index.tensors[n].view,
                 "shape": index.tensors[n].shape,
                 "boxes": [
-                    {"image": r.image, "start": r.box.start, "extent": r.box.extent, "begin": r.begin, "end": r.end} for r in index.rows[n]
+                    {"image": r.image, "start": r.box.start, "extent": r.box.extent, "begin": r.begin, "end": r.end}
+                    for r in index.rows[n]
                 ],
             }
             for n in names

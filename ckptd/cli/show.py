@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,15 +84,23 @@ def _open_path(path: Path) -> Place:
             return Place(str(path), open_store(str(path.parent)), image=path.name)
         path = path.parent
     label = str(path)
-    if split_directory(f"{path.parent.name}/{path.name}"):
-        directory = f"{path.parent.name}/{path.name}"
-        return Place(label, open_store(str(path.parents[1])), path.parent.name, directory)
     children = os.listdir(path)  # noqa: PTH208  names are enough
+    steps = [child for child in children if split_directory(f"job/{child}")]
+    directory = f"{path.parent.name}/{path.name}"
+    if split_directory(directory) and not steps:
+        return Place(label, open_store(str(path.parents[1])), path.parent.name, directory)
     if MANIFEST_NAME in children or INDEX_NAME in children:
         return Place(label, open_store(label), directory="")
-    if any(split_directory(f"{path.name}/{child}") for child in children):
+    if any(split_directory(f"{path.name}/{step}") for step in steps) and not _holds_steps(path / steps[0]):
         return Place(label, open_store(str(path.parent)), path.name)
     return Place(label, open_store(label))
+
+
+def _holds_steps(path: Path) -> bool:
+    """Whether this is a job's directory, though it is called like a step's: jobs may be called so."""
+    with suppress(OSError):
+        return any(split_directory(f"job/{child}") for child in os.listdir(path))  # noqa: PTH208
+    return False
 
 
 def find_checkpoints(place: Place) -> list[Found]:
@@ -107,7 +116,9 @@ def find_checkpoints(place: Place) -> list[Found]:
     if not found:
         what = f"no checkpoint of job {place.job!r}" if place.job else "no checkpoint"
         msg = f"{what} at {place.label}"
-        raise NotFound(msg, remedy="give the root of a store: its checkpoints are <root>/<job>/step-<step>; `ckptd status` names a job's store")
+        raise NotFound(
+            msg, remedy="give the root of a store: its checkpoints are <root>/<job>/step-<step>; `ckptd status` names a job's store"
+        )
     return sorted(found, key=lambda f: f.job)  # stable: within a job the order is the listing's
 
 
@@ -146,12 +157,10 @@ def size(n: int) -> str:
     """Bytes: "812 B", "1.5 GiB"."""
     if n < _KIBI:
         return f"{n} B"
-    value = float(n)
-    for unit in _UNITS:
-        value /= _KIBI
-        if round(value, 1) < _KIBI:
-            break
-    return f"{value:.1f} {unit}"
+    power = 1
+    while power < len(_UNITS) and round(n / _KIBI**power, 1) >= _KIBI:
+        power += 1
+    return f"{n / _KIBI**power:.1f} {_UNITS[power - 1]}"
 
 
 def count(n: int, noun: str = "") -> str:
@@ -164,7 +173,7 @@ def duration(seconds: float) -> str:
     left = int(seconds)
     first = next((i for i, (length, _) in enumerate(_SPANS[:-1]) if left >= length), None)
     if first is None:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{left} s"  # noqa: PLR2004  two digits say enough
+        return f"{seconds:.1f} s" if seconds < 10 else f"{left} s"
     parts = []
     for length, unit in _SPANS[first : first + 2]:
         n, left = divmod(left, length)

@@ -37,9 +37,20 @@ def add_parser(verbs: Any) -> None:
         epilog="example:\n  ckptd status --watch 1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--dir", metavar="DIR", help="directory of the daemon's socket; default: $CKPTD_DIR, $RUNTIME_DIRECTORY, or the user's runtime directory")
+    p.add_argument(
+        "--dir",
+        metavar="DIR",
+        help="directory of the daemon's socket; default: $CKPTD_DIR, $RUNTIME_DIRECTORY, or the user's runtime directory",
+    )
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--watch", metavar="S", nargs="?", type=float, const=REFRESH_S, help="show it again every S seconds (default %(const)s) until Ctrl-C")
+    how.add_argument(
+        "--watch",
+        metavar="S",
+        nargs="?",
+        type=float,
+        const=REFRESH_S,
+        help="show it again every S seconds (default %(const)s) until Ctrl-C",
+    )
     how.add_argument("--json", action="store_true", help="print one JSON document")
     p.add_argument("--timeout-s", type=float, default=5.0, metavar="S", help="wait this long for the daemon (default %(default)s)")
     p.set_defaults(run=run)
@@ -156,7 +167,9 @@ def _parse(status: dict[str, Any]) -> Daemon:
         return msgspec.convert(status, Daemon)
     except msgspec.ValidationError as e:
         msg = f"the daemon's status is not what this ckptd expects: {e}"
-        raise PeerFailed(msg, remedy="daemon and command line are of different versions: use the same; --json shows the status as it is") from e
+        raise PeerFailed(
+            msg, remedy="daemon and command line are of different versions: use the same; --json shows the status as it is"
+        ) from e
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +215,11 @@ def _document(path: Path, status: dict[str, Any]) -> dict[str, Any]:
     document = {"socket": str(path), **status}
     with contextlib.suppress(PeerFailed):
         document["jobs"] = {
-            name: {**status["jobs"][name], "if_trainers_die": asdict(if_trainers_die(job)), "if_node_dies": asdict(if_node_dies(job))}
+            name: {
+                **status["jobs"][name],
+                "if_trainers_die": asdict(if_trainers_die(job)),
+                "if_node_dies": asdict(if_node_dies(job)),
+            }
             for name, job in _parse(status).jobs.items()
         }
     return document
@@ -226,7 +243,10 @@ def render(status: dict[str, Any]) -> str:
 
 
 def _job_lines(name: str, job: Job) -> list[str]:
-    peers = [f"node {n} {'connected' if ok else 'NOT connected'}" for n, ok in sorted(job.peers_connected.items(), key=lambda p: int(p[0]))]
+    peers = [
+        f"node {n} {'connected' if ok else 'NOT connected'}"
+        for n, ok in sorted(job.peers_connected.items(), key=lambda p: int(p[0]))
+    ]
     where = f"job {show.plain(name)}: attempt {job.attempt}, node {job.node} of {job.nodes}"
     lines = [f"{where}, {show.count(len(job.ranks), 'rank')} connected{f' ({show.ranges(job.ranks)})' if job.ranks else ''}"]
     if peers:
@@ -236,7 +256,10 @@ def _job_lines(name: str, job: Job) -> list[str]:
         lines.append(
             show.table(
                 ("STEP", "ATTEMPT", "STATE", "RANKS", "SIZE", "DURABLE"),
-                ([str(s.step), str(s.attempt), s.state, show.ranges(s.ranks), show.size(s.bytes), _durable(s)] for s in newest_first),
+                (
+                    [str(s.step), str(s.attempt), s.state, show.ranges(s.ranks), show.size(s.bytes), _durable(s)]
+                    for s in newest_first
+                ),
                 right=("STEP", "ATTEMPT", "SIZE"),
                 indent="  ",
             )
@@ -245,7 +268,10 @@ def _job_lines(name: str, job: Job) -> list[str]:
         lines.append("  no snapshots")
     lines.append(f"  committed: {_key(job.committed)}")
     lines.append(f"  persisted: {_key(job.persisted)}{f' in {show.plain(job.store)}' if job.store else ', no durable tier'}")
-    lines.append("  since the daemon knows this job: " + (", ".join(f"{n} {what.replace('_', ' ')}" for what, n in job.counters.items()) or "-"))
+    lines.append(
+        "  since the daemon knows this job: "
+        + (", ".join(f"{n} {what.replace('_', ' ')}" for what, n in job.counters.items()) or "-")
+    )
     lines.append(f"  if every trainer of this node died now: {show.plain(if_trainers_die(job).text)}")
     lines.append(f"  if this node died now: {show.plain(if_node_dies(job).text)}")
     return lines

@@ -1,6 +1,6 @@
 """`ckptd verify`: read every byte and compare it with its checksum; nothing stops at the first problem.
 
-Exit status: that of the first problem's class, so that a script can tell a flipped byte (23) from a missing image (20).
+Exit status: that of the first problem's class, so that a script can tell a flipped byte (23) from a missing image (14).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def add_parser(verbs: Any) -> None:
         "checksums. All problems are printed, with the image, the tensors that are touched, and the class of the error.\n"
         "Directories without a manifest are being written, or were left by a crash: they are named, and are no error,\n"
         "unless one is all that was asked for.",
-        epilog="exit status: 0 every byte is right; else that of the first problem: 20 image, 21 manifest or index, 22 newer format,\n"
+        epilog="exit status: 0 every byte is right; else that of the first problem: 14 an image is missing, 20 image, 21 manifest or index, 22 newer format,\n"
         "23 checksum, 24 boxes do not tile, 41 the store does not read.\n\nexample:\n  ckptd verify /mnt/ckpt/llama/step-00001200",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,15 +50,15 @@ def run(args: argparse.Namespace) -> int:
         meter.begin(f"{place.name_of(f.directory)} ({number} of {len(found)})")
         report = _verify(place, f, meter)
         meter.end()
-        if report is None:
+        if report is not None:
+            reports.append(report)
+        elif place.directory is None:
             unfinished.append(f.directory)
         else:
-            reports.append(report)
+            msg = f"{place.label} has no manifest: it is unfinished, and no checkpoint to verify"
+            raise NotFound(msg, remedy="`ckptd ls` on the store shows which are complete")
         if not args.json and not (args.quiet and (report is None or report.ok)):
             show.emit(_told(place, report) if report else f"{show.plain(place.name_of(f.directory))}: unfinished, not read")
-    if unfinished and place.directory is not None:
-        msg = f"{place.label} has no manifest: it is unfinished, and no checkpoint to verify"
-        raise NotFound(msg, remedy="`ckptd ls` on the store shows which are complete")
     if args.json:
         show.emit_json(_document(place, reports, unfinished, meter))
     elif not args.quiet:
