@@ -12,7 +12,7 @@ from tests.train.harness import Job, stop_daemon
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS = 48
+STEPS = 44
 SEEDS = {"fsdp": 11, "ddp": 12, "tp_fsdp": 13, "pp_fsdp": 14}
 RANDOM_KILLS = 6
 FAULTS = {
