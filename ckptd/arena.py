@@ -60,10 +60,13 @@ class Arena:
             os.close(fd)
             msg = f"no room for an arena of {geometry.arena_bytes} bytes: {e.strerror}"
             raise MemoryRefused(msg, remedy="fewer slots, fewer ranks on this node, or more memory") from e
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
-        mapping = mmap.mmap(fd, geometry.arena_bytes)
-        arena = cls(fd, descriptor, mapping)
-        slots.write_descriptor(arena.memory, descriptor)
+        try:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+            arena = cls(fd, descriptor, mmap.mmap(fd, geometry.arena_bytes))
+            slots.write_descriptor(arena.memory, descriptor)
+        except BaseException:
+            os.close(fd)
+            raise
         return arena
 
     @classmethod
@@ -149,7 +152,7 @@ def admit(slot_bytes: int, wanted_slots: int, ranks_to_come: int) -> int:
     margin = MARGIN_BYTES + psutil.virtual_memory().total // 20
     share = max(0, free.available_bytes - margin) // (ranks_to_come + 1)
     per_slot = Geometry(slots.SLOTS_MIN, slots.round_up(slot_bytes)).stride
-    allowed = min(wanted_slots, share // per_slot)
+    allowed = min(wanted_slots, slots.SLOTS_MAX, share // per_slot)
     if allowed < slots.SLOTS_MIN:
         msg = (
             f"a rank needs {slots.SLOTS_MIN} slots of {per_slot / 1e6:.0f} MB; {free.available_bytes / 1e6:.0f} MB are free "

@@ -80,7 +80,7 @@ class Pipe:
     def read(self) -> list[Any]:
         """Messages that have arrived. Raises EOFError at the end, PeerFailed for garbage."""
         try:
-            data, fds, _, _ = socket.recv_fds(self.sock, READ_BYTES, 16)
+            data, fds, _, _ = socket.recv_fds(self.sock, READ_BYTES, 16, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return []
         self._fds.extend(fds)

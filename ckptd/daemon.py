@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -38,7 +39,7 @@ from ckptd.core import checksum, node, slots, wire
 from ckptd.core.manifest import build_index
 from ckptd.core.retention import Retention
 from ckptd.errors import BadArgument, CkptdError, NotFound
-from ckptd.held import Arenas, Guest, seal_slot, verify_blocks
+from ckptd.held import Arenas, Guest, make_seal, put_seal, verify_blocks
 from ckptd.storage import checkpoint, open_store
 
 log = logging.getLogger("ckptd.daemon")
@@ -108,6 +109,9 @@ class Daemon:
         self.arenas = Arenas()
         self.peers = peers.Peers(self)
         self.clients: set[Client] = set()
+        self.parted: set[Client] = set()
+        """Ranks whose connection ended and whose process lives: their memory is still theirs."""
+        self.ahead: dict[str, tuple[int, node.Key | None]] = {}
         self.guests: dict[tuple[str, int, int, int], Guest] = {}
         self.tiers: dict[str, Tier] = {}
         self.written: dict[tuple[str, int, int], dict[int, bytes]] = {}
@@ -142,8 +146,11 @@ class Daemon:
             os.close(lock)
             msg = f"a daemon already serves {path}"
             raise BadArgument(msg, remedy="use that one, or give another directory with --dir or CKPTD_DIR") from e
+        _raise_fd_limit()
         self._adopt_handed()
-        await self.peers.start(self.settings.peer_host)
+        port_file = path.with_name("peer.port")
+        await self.peers.start(self.settings.peer_host, _read_port(port_file))
+        port_file.write_text(self.peers.address.rpartition(":")[2])
         listener = self._listen(path)
         loop = asyncio.get_running_loop()
         loop.add_reader(listener, self._accept, listener)
@@ -222,7 +229,13 @@ class Daemon:
     def _accept(self, listener: socket.socket) -> None:
         try:
             sock, _ = listener.accept()
-        except OSError:
+        except BlockingIOError:
+            return
+        except OSError as e:  # out of descriptors: the listener stays readable, so look again later instead of at once
+            self._failed("a connection", e)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listener)
+            loop.call_later(TICK_S, self._accept_again, listener)
             return
         pid, uid = peer_of(sock)
         if uid not in {os.getuid(), 0}:
@@ -233,15 +246,24 @@ class Daemon:
         client.channel.owner = client
         self.clients.add(client)
 
+    def _accept_again(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
     def _on_message(self, channel: Channel, message: Any) -> None:
+        """Descriptors are claimed here, in the order of their messages: requests are answered later, in any order."""
         client: Client = channel.owner
-        if isinstance(message, wire.Request):
-            self._start(self._answer(client, message))
-            return
         try:
-            self._notice(client, message)
+            brings = isinstance(message, wire.HandBack) or (isinstance(message, wire.Join) and message.image_bytes == 0)
+            fd = channel.pipe.take_fd() if brings else None
+            if isinstance(message, wire.Request):
+                self._start(self._answer(client, message, fd))
+            else:
+                self._notice(client, message, fd)
         except CkptdError as e:
             self._failed(f"{type(message).__name__} of {client.job} rank {client.rank}", e)
+            if isinstance(message, wire.Request):
+                channel.send(wire.Refused(id=message.id, error=type(e).__name__, message=e.message, remedy=e.remedy))
 
     def _on_close(self, channel: Channel, why: str) -> None:
         client: Client = channel.owner
@@ -270,11 +292,13 @@ class Daemon:
     def _part(self, client: Client) -> None:
         """The connection ended, the process lives (it closed its session, or its link broke and will be back): look at what it left."""
         if client.arena is not None:
+            self.parted.add(client)
             self._scan(client.arena)
 
     def _gone(self, client: Client) -> None:
         """The process is dead: its memory is ours alone again."""
         held, client.arena = client.arena, None
+        self.parted.discard(client)
         if held is not None:
             self.arenas.void_torn(held)
             self._scan(held)
@@ -289,14 +313,18 @@ class Daemon:
             )
 
     def _verify_ahead(self, job: str) -> None:
-        """A rank died, a restore will come: verify the newest committed images while the job's processes start."""
+        """A rank died, a restore will come: verify the newest committed images while the job's processes start. Once, however many died."""
         known = self.node.jobs.get(job)
+        if known is None or self.ahead.get(job) == (known.attempt, known.committed):
+            return
+        self.ahead[job] = (known.attempt, known.committed)
+        self.arenas.forget_verified()
         snapshot = known.snapshots.get(known.committed) if known and known.committed else None
         for image in snapshot.images.values() if snapshot else ():
             blocks = range(checksum.block_count(image.image_bytes))
             self._start(self._guarded(f"verifying step {snapshot.step if snapshot else 0}", self._verify(image.ref, image.image_bytes, blocks)))
 
-    def _notice(self, client: Client, message: Any) -> None:
+    def _notice(self, client: Client, message: Any, fd: int | None) -> None:
         match message:
             case wire.Filled():
                 held = client.arena
@@ -314,18 +342,18 @@ class Daemon:
             case wire.RestoreFailed():
                 self._failed(f"restore of job {client.job} step {message.step} from {message.source}", PeerFailedHere(message.why))
                 self._event(node.RestoreFailed(client.job, message.attempt, message.step, message.source))
-            case wire.HandBack():
-                self._adopt(client.channel.pipe.take_fd(), f"handed back by process {client.pid}")
+            case wire.HandBack() if fd is not None:
+                self._adopt(fd, f"handed back by process {client.pid}")
             case _:
                 client.channel.close(f"unexpected {type(message).__name__}")
 
-    async def _answer(self, client: Client, request: wire.Request) -> None:
+    async def _answer(self, client: Client, request: wire.Request, fd: int | None) -> None:
         try:
             match request:
                 case wire.Hello():
                     await self._hello(client, request)
                 case wire.Join():
-                    await self._join(client, request)
+                    await self._join(client, request, fd)
                 case wire.Open():
                     await self._open(client, request)
                 case wire.Ensure():
@@ -346,11 +374,17 @@ class Daemon:
         except OSError as e:
             self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", e)
             client.channel.send(wire.Refused(id=request.id, error="DaemonUnreachable", message=str(e)))
+        except (ValueError, OverflowError) as e:  # numbers that cannot be: an arena of -1 bytes, a name with a NUL
+            self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", e)
+            client.channel.send(wire.Refused(id=request.id, error="BadArgument", message=str(e)))
 
     async def _hello(self, client: Client, m: wire.Hello) -> None:
         if m.protocol != wire.PROTOCOL:
             msg = f"daemon {__version__} speaks protocol {wire.PROTOCOL}, the client speaks {m.protocol}"
             raise BadArgument(msg, remedy="restart the daemon with the version of ckptd that the job uses")
+        if client.role:
+            msg = "Hello is said once"
+            raise BadArgument(msg)
         client.role, client.job, client.rank = m.role, m.job, m.rank
         if m.role == "rank":
             self._watch(client)
@@ -382,21 +416,30 @@ class Daemon:
                     self._settled.clear()
                     await self._settled.wait()
 
-    async def _join(self, client: Client, m: wire.Join) -> None:
+    async def _join(self, client: Client, m: wire.Join, fd: int | None) -> None:
         known = self.node.jobs.get(m.job)
-        if known is not None and m.attempt < known.attempt:
-            msg = f"attempt {m.attempt} of job {m.job!r} is over: attempt {known.attempt} has begun"
-            raise BadArgument(msg)
-        if known is None or m.attempt > known.attempt:
+        why = ""
+        if client.role != "rank" or (client.job, client.rank) != (m.job, m.rank):
+            why = f"rank {m.rank} of job {m.job!r} did not say Hello here"
+        elif known is not None and m.attempt < known.attempt:
+            why = f"attempt {m.attempt} of job {m.job!r} is over: attempt {known.attempt} has begun"
+        elif not 0 <= m.node < len(m.peers) or not 0 <= m.rank < m.world_size or not 1 <= m.local_count <= m.world_size or m.image_bytes < 0:
+            why = f"rank {m.rank} of {m.world_size}, {m.local_count} here, node {m.node} of {len(m.peers)}, {m.image_bytes} bytes: this cannot be"
+        if why:
+            if fd is not None:
+                os.close(fd)
+            raise BadArgument(why)
+        if (known is None or m.attempt > known.attempt) and self.ahead.pop(m.job, None) is None:
             self.arenas.forget_verified()
-        client.job, client.rank, client.attempt = m.job, m.rank, m.attempt
-        if m.image_bytes == 0:
-            self._adopt(client.channel.pipe.take_fd(), f"handed back by rank {m.rank}")
+        client.attempt = m.attempt
+        if fd is not None:
+            self._adopt(fd, f"handed back by rank {m.rank}")
         self._event(node.AttemptBegan(m.job, m.attempt, m.node, len(m.peers)))
         self.tiers[m.job] = Tier(m.store, Retention(newest=m.keep_newest, every=m.keep_every), self._tier(m.job).last)
         self.peers.join(m.job, m.attempt, m.node, m.peers)
-        held, note = await self._arena_for(m)
+        held, note = await self._arena_for(client, m)
         client.arena = held
+        self._scan(held)  # what was filled since somebody looked, while no daemon was there
         geometry = held.geometry
         client.channel.send(
             wire.Granted(
@@ -405,13 +448,20 @@ class Daemon:
             None if m.image_bytes == 0 else held.fd,
         )
 
-    async def _arena_for(self, m: wire.Join) -> tuple[arena.Arena, str]:
+    async def _arena_for(self, client: Client, m: wire.Join) -> tuple[arena.Arena, str]:
         """The rank's own memory of the last attempt if it fits and nobody lives in it, else new memory."""
-        taken = {c.arena for c in self.clients if c.arena is not None}
+        others = [c for c in {*self.clients, *self.parted} if c is not client and c.arena is not None]
+        taken = {c.arena for c in others if c.pid != client.pid}
         for held in self.arenas.of(m.job, m.rank):
             if held in taken:
                 continue
             if m.image_bytes == 0 or held.geometry.slot_bytes >= m.image_bytes:
+                for other in others:  # an earlier connection of the same process
+                    if other.arena is held:
+                        other.arena = None
+                        self.parted.discard(other)
+                if m.image_bytes > 0 and client.arena is not held:
+                    self.arenas.void_torn(held)  # its last owner died, perhaps while no daemon was there to see it
                 return held, ""
         if m.image_bytes == 0:
             msg = f"rank {m.rank} handed back no arena that can be used"
@@ -448,20 +498,27 @@ class Daemon:
         if guest is None:
             address = self.peers.address_of(m.job, m.node)
             about = await self.peers.describe(address, *key)
-            guest = self.guests.setdefault(key, Guest.of(_image_id(m), m.node, about.image_bytes, about.digests))
+            guest = self.guests.get(key)  # another rank may have been faster
+            if guest is None:
+                guest = self.guests[key] = Guest.of(_image_id(m), m.node, about.image_bytes, about.digests)
         client.channel.send(
             wire.Opened(id=m.id, image=_image_id(m), offset=0, image_bytes=guest.image_bytes, digests=guest.digests), guest.fd
         )
 
     async def _ensure(self, client: Client, m: wire.Ensure) -> None:
-        job, attempt, step, rank = _parse_image_id(m.image)
-        blocks = [b for first, last in m.blocks for b in range(first, last)]
+        job, attempt, step, rank = key = _parse_image_id(m.image)
         found = self._find(job, attempt, step, rank)
+        guest = self.guests.get(key)
+        image_bytes = found[1] if found is not None else guest.image_bytes if guest is not None else 0
+        count = checksum.block_count(image_bytes)
+        if any(not 0 <= a <= b <= count for a, b in m.blocks) or sum(b - a for a, b in m.blocks) > count:  # before a range is walked
+            msg = f"image {m.image!r} has {count} blocks here; more were asked for, or some twice"
+            raise NotFound(msg)
+        blocks = [b for first, last in m.blocks for b in range(first, last)]
         if found is not None:
-            ref, image_bytes = found
-            await self._verify(ref, image_bytes, blocks)
+            await self._verify(*found, blocks)
         else:
-            await self._fetch((job, attempt, step, rank), blocks)
+            await self._fetch(key, blocks)
         client.channel.send(wire.Done(id=m.id))
 
     async def _verify(self, ref: node.SlotRef, image_bytes: int, blocks: Iterable[int]) -> None:
@@ -542,7 +599,9 @@ class Daemon:
             if held is None:
                 return
             image = self.arenas.image(a.ref, a.image_bytes)
-            await self._in_pool(partial(seal_slot, held, a.ref.slot, a.ref.gen, image))
+            digests = await self._in_pool(partial(make_seal, a.ref.slot, a.ref.gen, image, held.seal(a.ref.slot)))
+            del image
+            put_seal(held, a.ref.slot, a.ref.gen, digests)
             self._event(node.Hashed(a.job, a.attempt, a.step, a.rank, a.ref))
         except CkptdError as e:
             self._failed(f"sealing step {a.step} of job {a.job} rank {a.rank}", e)
@@ -552,11 +611,15 @@ class Daemon:
             self._settled.set()
 
     def _do_tell_peers(self, a: node.TellPeers) -> None:
-        here = self.node.jobs[a.job]
-        key = (a.job, a.attempt, a.step)
-        digests = self.written.pop(key, {}) if a.what == "written" else {}
-        news = wire.PeerNews(job=a.job, attempt=a.attempt, step=a.step, node=here.node, what=a.what, digests=digests)
-        self.peers.tell(news, only=0 if a.what == "written" else None)
+        self.peers.tell(self._news(a.job, a.attempt, a.step, a.what), only=0 if a.what in {"written", "persist asked"} else None)
+
+    def _news(self, job: str, attempt: int, step: int, what: str) -> wire.PeerNews:
+        here = self.node.jobs[job]
+        digests: dict[int, bytes] = {}
+        if what == "written":
+            self.written.pop((job, attempt, step), None)
+            digests = {rank: self.arenas.digests(i.ref) for rank, i in here.snapshots[attempt, step].images.items()}
+        return wire.PeerNews(job=job, attempt=attempt, step=step, node=here.node, what=what, digests=digests)
 
     def _do_tell_ranks(self, a: node.TellRanks) -> None:
         for client in self.clients:
@@ -593,7 +656,8 @@ class Daemon:
         work = partial(_write_manifest, tier.url, a.job, a.step, a.attempt, a.world_size, digests, time.time())
         tier.last = await self._in_pool(work)
         self._event(node.Persisted(a.job, a.attempt, a.step))
-        await self._in_pool(partial(_retain, tier.url, a.job, tier.retention, tier.last))
+        retain = self._in_pool(partial(_retain, tier.url, a.job, tier.retention, tier.last))
+        await self._guarded(f"deleting old checkpoints of job {a.job}", retain)  # no failure of this step: it is persisted
 
     def _tier(self, job: str) -> Tier:
         return self.tiers.get(job) or Tier()
@@ -611,24 +675,31 @@ class Daemon:
     def heard(self, news: wire.PeerNews) -> None:
         """A peer told something."""
         key = (news.job, news.attempt, news.step)
+        if news.job not in self.node.jobs:  # news make no jobs
+            return
         match news.what:
             case "sealed":
                 self._event(node.PeerSealed(*key, news.node))
             case "skipped":
                 self._event(node.Skipped(*key, news.node))
+            case "persist asked":
+                self._event(node.PersistAsked(news.job, news.step))
+            case "persist":
+                self._event(node.PersistTold(*key))
             case "written":
                 self.written.setdefault(key, {}).update(news.digests)
                 self._event(node.ImagesWritten(*key, news.node))
             case "persisted":
                 self._event(node.Persisted(*key, here=False))
             case "persist failed":
+                self.written.pop(key, None)
                 self._event(node.PersistFailed(*key, f"node {news.node} could not", here=False))
             case _:
                 log.debug("a peer says %r", news.what)
 
-    def sealed(self, job: str) -> list[tuple[int, int]]:
-        """Keys to begin a connection with."""
-        return self.node.sealed(job)
+    def greeting(self, job: str) -> list[wire.PeerNews]:
+        """News to begin a connection with."""
+        return [self._news(job, *key, what) for key, what in self.node.greeting(job)]
 
     def attempt_of(self, job: str) -> int:
         """The newest attempt known here."""
@@ -689,7 +760,7 @@ class Daemon:
     async def _guarded(self, what: str, work: Awaitable[None]) -> None:
         try:
             await work
-        except CkptdError as e:
+        except (CkptdError, OSError) as e:
             self._failed(what, e)
 
     def _failed(self, what: str, error: BaseException) -> None:
@@ -720,6 +791,21 @@ def _be_nice() -> None:
     """Pool threads only: setpriority's process 0 is the calling thread on Linux."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, POOL_NICE)
+
+
+def _raise_fd_limit() -> None:
+    """A connection and an arena are a descriptor each: take what the system allows."""
+    with contextlib.suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _read_port(path: Path) -> int:
+    """The predecessor's port for peers, or 0."""
+    with contextlib.suppress(OSError, ValueError):
+        port = int(path.read_text()[:8])
+        return port if 0 < port < 1 << 16 else 0
+    return 0
 
 
 def _write_images(url: str, job: str, step: int, attempt: int, held: dict[int, tuple[memoryview, bytes]]) -> None:

@@ -18,7 +18,7 @@ from ckptd import notify
 from ckptd.arena import Arena
 from ckptd.core import checksum, slots
 from ckptd.core.node import SlotRef
-from ckptd.errors import NotFound
+from ckptd.errors import NotFound, PeerFailed
 
 log = logging.getLogger("ckptd.held")
 
@@ -37,9 +37,16 @@ class Guest:
     @staticmethod
     def of(name: str, node: int, image_bytes: int, digests: bytes) -> Guest:
         """An empty guest. It costs memory only for the blocks that arrive."""
+        if image_bytes <= 0 or len(digests) != checksum.block_count(image_bytes) * checksum.DIGEST_BYTES:
+            msg = f"node {node} describes an image of {image_bytes} bytes with {len(digests)} bytes of checksums"
+            raise PeerFailed(msg)
         fd = os.memfd_create(name[:200], os.MFD_CLOEXEC)
-        os.ftruncate(fd, image_bytes)
-        return Guest(fd, mmap.mmap(fd, image_bytes), node, image_bytes, digests)
+        try:
+            os.ftruncate(fd, image_bytes)
+            return Guest(fd, mmap.mmap(fd, image_bytes), node, image_bytes, digests)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def close(self) -> None:
         """Free it; trainers that mapped it keep their mapping."""
@@ -117,11 +124,11 @@ class Arenas:
                 slots.flip(arena.memory, arena.geometry.header_at(slot), slots.VOID)
 
     def filled(self, arena: Arena) -> Iterator[tuple[SlotRef, slots.Header]]:
-        """Fillings of an arena that were not released: what a successor or a death leaves to be found."""
-        for slot in range(arena.geometry.slots):
-            header, seal = arena.header(slot), arena.seal(slot)
+        """Fillings of an arena that were not released: what a successor or a death leaves to be found. Oldest first, as they were made."""
+        found = [(arena.header(slot), slot) for slot in range(arena.geometry.slots)]
+        for header, slot in sorted(found, key=lambda f: (f[0].attempt, f[0].step, f[0].gen)):
             fits = 0 < header.image_bytes <= arena.geometry.slot_bytes
-            if header.state == slots.FILLED and header.gen != seal.released_gen and fits:
+            if header.state == slots.FILLED and header.gen != arena.seal(slot).released_gen and fits:
                 yield SlotRef(arena.name, slot, header.gen), header
 
     def forget_verified(self) -> None:
@@ -138,17 +145,18 @@ class Arenas:
         self._verified.setdefault(ref, set()).update(blocks)
 
 
-def seal_slot(arena: Arena, slot: int, gen: int, image: memoryview) -> None:
-    """Pool: make the checksums of a filling and write its seal; or, where a predecessor left a seal, check the bytes against it.
-
-    Raises ChecksumMismatch.
-    """
-    seal = arena.seal(slot)
+def make_seal(slot: int, gen: int, image: memoryview, seal: slots.Seal) -> bytes:
+    """Pool: the checksums of a filling; where a predecessor left a `seal` of it, the bytes are checked against that. Raises ChecksumMismatch."""
     if seal.gen == gen and len(seal.digests) == checksum.block_count(len(image)) * checksum.DIGEST_BYTES:
         verify_blocks(f"slot {slot}", image, seal.digests, range(checksum.block_count(len(image))))
-        return
-    digests = checksum.digests_of(image)
-    slots.write_seal(arena.memory, arena.geometry.seal_at(slot), gen, digests)
+        return seal.digests
+    return checksum.digests_of(image)
+
+
+def put_seal(arena: Arena, slot: int, gen: int, digests: bytes) -> None:
+    """Loop, so that two fillings of one slot cannot overtake each other: write the seal, unless another filling has begun meanwhile."""
+    if arena.header(slot).gen == gen and arena.seal(slot).gen != gen:
+        slots.write_seal(arena.memory, arena.geometry.seal_at(slot), gen, digests)
 
 
 def verify_blocks(what: str, image: memoryview, digests: bytes, blocks: Iterable[int]) -> None:

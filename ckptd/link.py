@@ -50,6 +50,7 @@ class Link:
         self._lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._rejoin: tuple[Callable[[int], wire.Join], int] | None = None
+        self._chose: wire.Chose | None = None
         self._closing = False
         self._thread: threading.Thread | None = None
         self.connected = False
@@ -65,6 +66,8 @@ class Link:
 
     def tell(self, message: wire.Message, fd: int | None = None) -> None:
         """Queue a notice; never waits, never raises. Without a connection it is dropped."""
+        if isinstance(message, wire.Chose):
+            self._chose = message  # a successor has to know it too: else it keeps what the restore gave up, for ever
         if self.connected:
             self._tells.append((message, fd))
             self._kick()
@@ -127,9 +130,10 @@ class Link:
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
         while True:
-            while self._tells:
-                pipe.put(*self._tells.popleft())
             pipe.flush()
+            while self._tells and not pipe.wants_write:  # what the socket does not take stays in the bounded queue
+                pipe.put(*self._tells.popleft())
+                pipe.flush()
             if self._closing and not pipe.wants_write:
                 return
             poller.register(pipe.sock, select.POLLIN | (select.POLLOUT if pipe.wants_write else 0))
@@ -152,6 +156,8 @@ class Link:
             return
         if fd is not None:
             os.close(fd)
+        if isinstance(message, wire.Refused) and self.reconnects:
+            log.warning("the daemon refused to take this rank back: %s", message.message)
         if number == 0:
             self._on_notice(message)
 
@@ -172,12 +178,15 @@ class Link:
                     if self._rejoin is not None:
                         join, fd = self._rejoin
                         pipe.put(join(next(self._ids)), fd)
+                        if self._chose is not None:
+                            pipe.put(self._chose)
+                    self.connected = True  # before the join is sent: what is filled after the daemon looked is told
                     pipe.flush()
                 except BaseException:
+                    self.connected = False
                     pipe.close()
                     raise
                 self.reconnects += 1
-                self.connected = True
                 log.info("a daemon is back at %s: the arena was handed to it", self._path)
                 return pipe
             time.sleep(pause_s)

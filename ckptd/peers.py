@@ -1,7 +1,8 @@
 """Daemon to daemon: news of snapshots, and the bytes of images, over TCP.
 
 News go one way: each daemon keeps a connection to every other daemon of a job and sends what happened here. News may be lost with a
-connection; therefore each new connection begins with everything that this node has sealed. Receivers take doubles in their stride.
+connection; therefore each new connection begins with a greeting: what was sealed, skipped and persisted here. Receivers take doubles in
+their stride. A daemon that comes back listens where its predecessor did, if it can: its peers may be new themselves and know that address only.
 
 Images are fetched in a connection of their own: `Describe` and `Fetch`, answered from the mapping.
 
@@ -32,6 +33,8 @@ RETRY_S = (0.1, 2.0)
 """First and longest pause between attempts to connect."""
 FETCH_BYTES = 4 << 20
 """One answer's bytes: DESIGN section 6 found units of 1 to 4 MiB best on TCP."""
+READ_AHEAD_BYTES = 1 << 20
+"""asyncio buffers twice as much per connection before anybody asked for it; longer messages are read in pieces."""
 NEWS_MAX = 4096
 """News queued for a peer that does not answer; the oldest go first, for a new connection tells everything anyway."""
 
@@ -53,8 +56,8 @@ class Local(Protocol):
     def heard(self, news: wire.PeerNews) -> None:
         """A peer told something."""
 
-    def sealed(self, job: str) -> list[tuple[int, int]]:
-        """Keys to begin a connection with."""
+    def greeting(self, job: str) -> list[wire.PeerNews]:
+        """News to begin a connection with."""
 
     def attempt_of(self, job: str) -> int:
         """The newest attempt known here: the fence against zombies."""
@@ -76,9 +79,12 @@ class Peers:
         self._server: asyncio.Server | None = None
         self.address = ""
 
-    async def start(self, host: str) -> None:
-        """Listen on a free port."""
-        self._server = await asyncio.start_server(self._serve, host, 0, limit=wire.MESSAGE_BYTES_MAX)
+    async def start(self, host: str, port: int = 0) -> None:
+        """Listen, on the predecessor's `port` if it is free."""
+        try:
+            self._server = await asyncio.start_server(self._serve, host, port, limit=READ_AHEAD_BYTES)
+        except (OSError, OverflowError):
+            self._server = await asyncio.start_server(self._serve, host, 0, limit=READ_AHEAD_BYTES)
         name = self._server.sockets[0].getsockname()
         self.address = f"{name[0]}:{name[1]}"
 
@@ -98,7 +104,7 @@ class Peers:
                 continue
             if link is not None:
                 link.task.cancel()
-            self._links[job, other] = _Link(self, job, attempt, node, address)
+            self._links[job, other] = _Link(self, job, attempt, node, other, address)
         for key in [k for k in self._links if k[0] == job and k[1] >= len(addresses)]:
             self._links.pop(key).task.cancel()
 
@@ -170,6 +176,7 @@ class Peers:
                         return
         except (OSError, PeerFailed, TimeoutError, asyncio.IncompleteReadError) as e:
             log.debug("a peer's connection ended: %s", e)
+            writer.transport.abort()  # close() would wait for a peer that does not read
         finally:
             writer.close()
 
@@ -179,7 +186,7 @@ class Peers:
         if link is not None and link.attempt == hello.attempt and link.address != hello.address:
             log.info("node %d of job %s is back at %s", hello.node, hello.job, hello.address)
             link.task.cancel()
-            self._links[hello.job, hello.node] = _Link(self, hello.job, hello.attempt, link.node, hello.address)
+            self._links[hello.job, hello.node] = _Link(self, hello.job, hello.attempt, link.node, hello.node, hello.address)
 
     async def _answer(self, writer: asyncio.StreamWriter, m: wire.Describe | wire.Fetch) -> None:
         try:
@@ -202,8 +209,8 @@ class Peers:
 class _Link:
     """News to one peer: a queue and the task that keeps a connection for it."""
 
-    def __init__(self, peers: Peers, job: str, attempt: int, node: int, address: str) -> None:
-        self.job, self.attempt, self.node, self.address = job, attempt, node, address
+    def __init__(self, peers: Peers, job: str, attempt: int, node: int, other: int, address: str) -> None:
+        self.job, self.attempt, self.node, self.other, self.address = job, attempt, node, other, address
         self.connected = False
         self._peers = peers
         self._news: deque[wire.PeerNews] = deque(maxlen=NEWS_MAX)
@@ -221,7 +228,7 @@ class _Link:
                 async with _dial(self.address) as (_, writer):
                     pause_s, self.connected = RETRY_S[0], True
                     await self._talk(writer)
-            except (OSError, PeerFailed, TimeoutError) as e:
+            except (OSError, PeerFailed, TimeoutError, ValueError) as e:  # ValueError: an address that is none
                 log.debug("peer %s: %s", self.address, e)
             finally:
                 self.connected = False
@@ -233,12 +240,12 @@ class _Link:
         await _send(
             writer, wire.PeerHello(job=self.job, attempt=self.attempt, node=self.node, address=self._peers.address)
         )
-        for attempt, step in local.sealed(self.job):
-            await _send(writer, wire.PeerNews(job=self.job, attempt=attempt, step=step, node=self.node, what="sealed"))
+        for news in local.greeting(self.job):
+            if news.what != "written" or self.other == 0:
+                await _send(writer, news)
         while True:
             while self._news:
-                await _send(writer, self._news[0])
-                self._news.popleft()
+                await _send(writer, self._news.popleft())
             self._wake.clear()
             await self._wake.wait()
 
@@ -247,7 +254,7 @@ class _Link:
 async def _dial(address: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     host, _, port = address.rpartition(":")
     async with asyncio.timeout(CONNECT_TIMEOUT_S):
-        reader, writer = await asyncio.open_connection(host, int(port), limit=wire.MESSAGE_BYTES_MAX)
+        reader, writer = await asyncio.open_connection(host, int(port), limit=READ_AHEAD_BYTES)
     try:
         yield reader, writer
     except asyncio.IncompleteReadError as e:

@@ -119,7 +119,9 @@ def build(a: argparse.Namespace):
     model = GPT(a, everything, first=True, last=True)
     dp_rank, dp_size = (dist.get_rank() if world > 1 else 0), world
     if kind == "ddp":
-        model = DistributedDataParallel(model)
+        # DDP orders its buckets anew after the first backward of a process, and a ring's sums depend on where in a bucket a gradient lies:
+        # with three ranks or more, a restarted run rounds differently, ckptd or not. This option keeps the order.
+        model = DistributedDataParallel(model, find_unused_parameters=True)
     elif kind == "fsdp":
         shard(model, init_device_mesh(a.device, (world,), mesh_dim_names=("dp",)), policy)
     elif kind == "hsdp":

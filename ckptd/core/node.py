@@ -11,15 +11,22 @@ Theory of operation. A snapshot is named by its key (attempt, step). Each rank's
 hashed the snapshot is SEALED and the peers are told; when all nodes have told, it is COMMITTED, and only then are older snapshots
 released. So at every moment the newest COMMITTED snapshot is held by every node, whatever dies. A snapshot that one rank skipped
 can never complete: it is doomed and released everywhere, so that ranks cannot drift into holding different steps for ever.
-A restore ends the uncertainty of an attempt: the step that the job chose is COMMITTED, everything else is released.
-A snapshot that is being persisted is held until its manifest is written, or the attempt at it failed or timed out.
+Skips may be lost too; but a rank's steps only go forward, so a rank that is past a step without an image of it has skipped it.
 
-What the table does not list changes nothing; late, doubled and reordered events are normal.
+A restore ends the uncertainty of an attempt, and nothing else does: once a new attempt began, the old one's snapshots are neither
+committed nor released until the restore chose. What it chose is COMMITTED (as soon as its images are here: a successor of this daemon gets
+them rank by rank), everything else of the old attempts is released.
+
+What to persist is decided by node 0, when it has sealed it, and told before any newer "sealed": so all nodes write the same step, and none
+has released it. It is held until its manifest is written, or the attempt at it failed or timed out.
+
+News may be lost with a connection; `greeting` is what a new one begins with. What the table does not list changes nothing; late, doubled
+and reordered events are normal.
 
 Invariants (checked by `check`, which the tests call after every event)
 - N1 the newest COMMITTED snapshot is never released, except by a newer one, by a restore's choice, or by `Forget`
 - N2 a slot is released exactly once per filling, and never while its snapshot is known
-- N3 an event of an attempt older than the job's newest changes nothing but the release of its own slot
+- N3 an event of an attempt older than the job's newest changes nothing but the release of its own slot, or completes what may be chosen
 """
 
 from __future__ import annotations
@@ -121,6 +128,15 @@ class PersistAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class PersistTold:
+    """Node 0 decided that this snapshot is to be persisted."""
+
+    job: str
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class ImagesWritten:
     """The images of `node` (None: this node) are in the durable tier and read back."""
 
@@ -183,7 +199,7 @@ class Tick:
 
 
 Event = (
-    AttemptBegan | Filled | Hashed | Skipped | PeerSealed | PersistAsked | ImagesWritten | Persisted | PersistFailed
+    AttemptBegan | Filled | Hashed | Skipped | PeerSealed | PersistAsked | PersistTold | ImagesWritten | Persisted | PersistFailed
     | Chosen | RestoreFailed | Forget | Tick
 )  # fmt: skip
 
@@ -211,7 +227,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class TellPeers:
-    """Tell the other nodes of the job: `what` is "sealed", "skipped", "written", "persisted" or "persist failed"."""
+    """Tell the other nodes of the job: `what` is "sealed", "skipped", "persist", "persisted" or "persist failed"; node 0: "persist asked", "written"."""
 
     job: str
     attempt: int
@@ -311,6 +327,13 @@ class Job:
     doomed: OrderedDict[Key, None] = field(default_factory=OrderedDict)
     failed: set[tuple[int, int, str]] = field(default_factory=set)
     persist_wanted: int | None = None
+    persist_key: Key | None = None
+    """What node 0 decided to persist: written as soon as it is COMMITTED here."""
+    passed: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(attempt, rank) -> the highest step that a local rank filled; rank -1: that some local rank skipped."""
+    decided: int = 0
+    """The attempt whose restore has chosen, and what."""
+    source: Key | None = None
     committed: Key | None = None
     persisted: Key | None = None
     counters: Counters = field(default_factory=Counters)
@@ -329,6 +352,7 @@ class Node:
             Skipped: self._skipped,
             PeerSealed: self._peer_sealed,
             PersistAsked: self._persist_asked,
+            PersistTold: self._persist_told,
             ImagesWritten: self._images_written,
             Persisted: self._persisted,
             PersistFailed: self._persist_failed,
@@ -352,24 +376,36 @@ class Node:
             Holding(s.attempt, s.step, s.world_size, tuple(sorted(s.images)), s.state) for s in snapshots if s.state != FILLING
         ]
 
-    def sealed(self, name: str) -> list[Key]:
-        """Keys to tell a peer that (re)connects."""
+    def greeting(self, name: str) -> list[tuple[Key, str]]:
+        """News to begin a connection with: what is told may have been lost with the last one. (A "persist" before newer "sealed".)"""
         job = self.jobs.get(name)
-        return [k for k, s in job.snapshots.items() if s.state != FILLING] if job else []
+        if job is None:
+            return []
+        news = [(job.persisted, "persisted")] if job.persisted is not None and job.node == 0 else []
+        news += [(job.persist_key, "persist")] if job.persist_key is not None and job.node == 0 else []
+        news += [(k, "written") for k, s in job.snapshots.items() if s.persist_since_s is not None and s.node in s.written and s.node]
+        news += [(k, "skipped") for k in job.doomed if k[0] == job.attempt]
+        return news + [(k, "sealed") for k, s in job.snapshots.items() if s.state != FILLING]
 
     # --- the events' handlers -----------------------------------------------------------------------------------------------
 
-    def _attempt_began(self, job: Job, e: AttemptBegan, _now_s: float) -> Iterator[Action]:
+    def _attempt_began(self, job: Job, e: AttemptBegan, now_s: float) -> Iterator[Action]:
         if e.attempt < job.attempt:
             job.counters.fenced += 1
             return
-        newer = e.attempt > job.attempt
+        newer, successor = e.attempt > job.attempt, job.attempt == 0
         job.attempt, job.node, job.nodes = e.attempt, e.node, e.nodes
-        if newer:
-            job.persist_wanted = None
-            for snapshot in [*job.snapshots.values()]:
-                if snapshot.attempt < e.attempt and len(snapshot.images) < snapshot.local_count:
-                    yield from self._drop(job, snapshot)
+        if not newer:
+            return
+        job.persist_wanted = job.persist_key = None
+        job.passed = {k: step for k, step in job.passed.items() if k[0] >= e.attempt}
+        for snapshot in [*job.snapshots.values()]:
+            if snapshot.attempt >= e.attempt:
+                continue
+            if len(snapshot.images) < snapshot.local_count and not successor:  # a successor gets the other ranks' arenas later
+                yield from self._drop(job, snapshot)
+            elif snapshot.persist_since_s is not None and (snapshot.node, snapshot.nodes) != (e.node, e.nodes):
+                yield from self._persist_failed(job, PersistFailed(job.name, *snapshot.key, "the job's nodes changed"), now_s)
 
     def _filled(self, job: Job, e: Filled, now_s: float) -> Iterator[Action]:
         key = e.attempt, e.step
@@ -377,15 +413,16 @@ class Node:
         known = snapshot.images.get(e.rank) if snapshot else None
         if known is not None and known.ref == e.ref:
             return
-        superseded = job.committed is not None and key < job.committed
-        if key in job.doomed or superseded or known is not None:
+        full = snapshot is not None and len(snapshot.images) >= snapshot.local_count
+        if key in job.doomed or known is not None or full or self._obsolete(job, key):
             yield Release(e.ref)
-            return
-        if snapshot is None:
-            snapshot = Snapshot(e.attempt, e.step, e.world_size, e.local_count, e.node, e.nodes)
-            job.snapshots[key] = snapshot
-        snapshot.images[e.rank] = Image(e.ref, e.image_bytes)
-        yield Hash(job.name, e.attempt, e.step, e.rank, e.ref, e.image_bytes)
+        else:
+            if snapshot is None:
+                snapshot = Snapshot(e.attempt, e.step, e.world_size, e.local_count, e.node, e.nodes)
+                job.snapshots[key] = snapshot
+            snapshot.images[e.rank] = Image(e.ref, e.image_bytes)
+            yield Hash(job.name, e.attempt, e.step, e.rank, e.ref, e.image_bytes)
+        yield from self._passes(job, e.attempt, e.rank, e.step, now_s)
 
     def _hashed(self, job: Job, e: Hashed, now_s: float) -> Iterator[Action]:
         snapshot = job.snapshots.get((e.attempt, e.step))
@@ -396,67 +433,108 @@ class Node:
         if len(snapshot.images) == snapshot.local_count and all(i.hashed for i in snapshot.images.values()):
             self._advance(snapshot, "all local ranks hashed")
             job.counters.sealed += 1
+            self._take_choice(job, snapshot)
+            yield from self._decide_persist(job, now_s)
             if snapshot.nodes > 1:
                 yield TellPeers(job.name, e.attempt, e.step, "sealed")
             yield from self._commit_if_all(job, snapshot, now_s)
 
     def _peer_sealed(self, job: Job, e: PeerSealed, now_s: float) -> Iterator[Action]:
         key = e.attempt, e.step
+        if e.attempt < job.attempt or (job.committed is not None and key <= job.committed):
+            return
+        if key in job.doomed:
+            yield TellPeers(job.name, *key, "skipped")
+            return
         job.peers_sealed.setdefault(key, set()).add(e.node)
         while len(job.peers_sealed) > DOOMED_KEPT:
             job.peers_sealed.popitem(last=False)
         snapshot = job.snapshots.get(key)
         if snapshot is not None:
             yield from self._commit_if_all(job, snapshot, now_s)
+        if self._is_lost(job, key):
+            yield from self._doom(job, key, now_s, tell=True)
 
-    def _skipped(self, job: Job, e: Skipped, _now_s: float) -> Iterator[Action]:
+    def _skipped(self, job: Job, e: Skipped, now_s: float) -> Iterator[Action]:
         key = e.attempt, e.step
-        if e.attempt < job.attempt or key in job.doomed:
-            return
         snapshot = job.snapshots.get(key)
-        if snapshot is not None and snapshot.state == COMMITTED:
+        if e.attempt < job.attempt:
+            if e.node is None and snapshot is not None and snapshot.state == FILLING:
+                yield from self._drop(job, snapshot)
             return
-        job.doomed[key] = None
-        while len(job.doomed) > DOOMED_KEPT:
-            job.doomed.popitem(last=False)
-        job.counters.skipped += 1
-        if snapshot is not None:
-            yield from self._drop(job, snapshot)
-        yield TellRanks(job.name, *key, "skipped")
-        if e.node is None and job.nodes > 1:
-            yield TellPeers(job.name, *key, "skipped")
+        if key not in job.doomed and (snapshot is None or snapshot.state != COMMITTED):
+            yield from self._doom(job, key, now_s, tell=e.node is None)
+        if e.node is None:
+            yield from self._passes(job, e.attempt, -1, e.step, now_s)
 
     def _persist_asked(self, job: Job, e: PersistAsked, now_s: float) -> Iterator[Action]:
+        if any(key is not None and key[0] == job.attempt and key[1] >= e.step for key in (job.persist_key, job.persisted)):
+            return
+        if job.node != 0:
+            yield TellPeers(job.name, job.attempt, e.step, "persist asked")
+            return
         if job.persist_wanted is None or e.step > job.persist_wanted:
             job.persist_wanted = e.step
-        yield from self._persist_if_wanted(job, now_s)
+        yield from self._decide_persist(job, now_s)
 
-    def _images_written(self, job: Job, e: ImagesWritten, _now_s: float) -> Iterator[Action]:
-        snapshot = job.snapshots.get((e.attempt, e.step))
-        if snapshot is None:
+    def _persist_told(self, job: Job, e: PersistTold, now_s: float) -> Iterator[Action]:
+        key = e.attempt, e.step
+        snapshot = job.snapshots.get(key)
+        if e.attempt < job.attempt or job.node == 0 or (snapshot is not None and (snapshot.persisted or key == job.persist_key)):
             return
-        snapshot.written.add(snapshot.node if e.node is None else e.node)
+        if snapshot is None and (key in job.doomed or (job.committed is not None and key < job.committed)):
+            yield TellPeers(job.name, *key, "persist failed")
+            return
+        for other in job.snapshots.values():  # node 0 is done with those
+            if other.attempt == e.attempt:
+                other.persist_since_s = None
+        job.persist_key = key
+        if snapshot is not None:
+            yield from self._begin_persist(job, snapshot, now_s)
+        yield from self._drop_superseded(job, now_s)
+
+    def _images_written(self, job: Job, e: ImagesWritten, now_s: float) -> Iterator[Action]:
+        key = e.attempt, e.step
+        snapshot = job.snapshots.get(key)
+        if e.node is not None and job.node == 0 and (snapshot is None or snapshot.persisted):
+            done = key == job.persisted or (snapshot is not None and snapshot.persisted)
+            yield TellPeers(job.name, *key, "persisted" if done else "persist failed")
+            return
+        if snapshot is None or (e.node is None and snapshot.persist_since_s is None):
+            return
+        node = snapshot.node if e.node is None else e.node
+        if node in snapshot.written:
+            return
+        snapshot.written.add(node)
         if snapshot.node != 0:
             if e.node is None:
-                yield TellPeers(job.name, e.attempt, e.step, "written")
-        elif len(snapshot.written) == snapshot.nodes and snapshot.persist_since_s is not None:
-            yield WriteManifest(job.name, e.attempt, e.step, snapshot.world_size)
+                yield TellPeers(job.name, *key, "written")
+            return
+        if job.persist_key is None and snapshot.persist_since_s is None and e.attempt == job.attempt:  # decided by our predecessor
+            job.persist_key = key
+            yield TellPeers(job.name, *key, "persist")
+            yield from self._begin_persist(job, snapshot, now_s)
+        if snapshot.written >= set(range(snapshot.nodes)) and snapshot.persist_since_s is not None:
+            yield WriteManifest(job.name, *key, snapshot.world_size)
 
     def _persisted(self, job: Job, e: Persisted, now_s: float) -> Iterator[Action]:
         key = e.attempt, e.step
         if job.persisted is None or key > job.persisted:
             job.persisted = key
-        job.counters.persisted += 1
-        yield TellRanks(job.name, *key, "persisted")
+            job.counters.persisted += 1
+            yield TellRanks(job.name, *key, "persisted")
         if e.here and job.nodes > 1:
             yield TellPeers(job.name, *key, "persisted")
         yield from self._end_persist(job, key, now_s, done=True)
 
     def _persist_failed(self, job: Job, e: PersistFailed, now_s: float) -> Iterator[Action]:
         key = e.attempt, e.step
+        snapshot = job.snapshots.get(key)
+        if key != job.persist_key and (snapshot is None or snapshot.persist_since_s is None):
+            return
         job.counters.persist_failed += 1
         yield TellRanks(job.name, *key, f"persist failed: {e.why}")
-        if e.here and job.nodes > 1:
+        if job.nodes > 1 and (e.here or job.node == 0):
             yield TellPeers(job.name, *key, "persist failed")
         yield from self._end_persist(job, key, now_s, done=False)
 
@@ -464,16 +542,12 @@ class Node:
         if e.attempt < job.attempt:
             job.counters.fenced += 1
             return
-        for snapshot in [*job.snapshots.values()]:
-            if snapshot.attempt >= e.attempt:
-                continue
-            if snapshot.key == e.source:
-                self._advance(snapshot, "chosen by a restore")
-                job.committed = snapshot.key
-            elif snapshot.persist_since_s is None:
-                yield from self._drop(job, snapshot)
+        job.decided, job.source = e.attempt, e.source
         if job.committed is not None and job.committed[0] < e.attempt and job.committed != e.source:
             job.committed = None
+        if e.source in job.snapshots:
+            self._take_choice(job, job.snapshots[e.source])
+        yield from self._drop_superseded(job, now_s)
 
     def _restore_failed(self, job: Job, e: RestoreFailed, _now_s: float) -> Iterator[Action]:
         job.failed.add((e.attempt, e.step, e.source))
@@ -494,7 +568,9 @@ class Node:
         return state is not None
 
     def _commit_if_all(self, job: Job, snapshot: Snapshot, now_s: float) -> Iterator[Action]:
-        others = job.peers_sealed.get(snapshot.key, set()) - {snapshot.node}
+        if snapshot.attempt < job.attempt:
+            return
+        others = {n for n in job.peers_sealed.get(snapshot.key, ()) if 0 <= n < snapshot.nodes} - {snapshot.node}
         if len(others) + 1 < snapshot.nodes or not self._advance(snapshot, "all nodes sealed"):
             return
         job.peers_sealed.pop(snapshot.key, None)
@@ -502,36 +578,104 @@ class Node:
         yield TellRanks(job.name, *snapshot.key, COMMITTED)
         if job.committed is None or snapshot.key > job.committed:
             job.committed = snapshot.key
-        yield from self._persist_if_wanted(job, now_s)
-        yield from self._drop_superseded(job)
+        yield from self._begin_persist(job, snapshot, now_s)
+        yield from self._drop_superseded(job, now_s)
 
-    def _drop_superseded(self, job: Job) -> Iterator[Action]:
+    def _take_choice(self, job: Job, snapshot: Snapshot) -> None:
+        """What the restore chose is COMMITTED, now or when it has been sealed here again."""
+        chosen = job.decided == job.attempt and snapshot.key == job.source
+        if chosen:
+            self._advance(snapshot, "chosen by a restore")
+        if chosen and snapshot.state == COMMITTED and (job.committed is None or snapshot.key > job.committed):
+            job.committed = snapshot.key
+
+    @staticmethod
+    def _obsolete(job: Job, key: Key) -> bool:
+        """Whether a newer commit superseded it, or a restore gave it up."""
+        decided = job.decided == job.attempt
+        if key[0] < job.attempt and decided and key != job.source:
+            return True
+        return job.committed is not None and key < job.committed and (job.committed[0] >= job.attempt or decided)
+
+    def _drop_superseded(self, job: Job, now_s: float) -> Iterator[Action]:
         for snapshot in [*job.snapshots.values()]:
-            if job.committed is not None and snapshot.key < job.committed and snapshot.persist_since_s is None:
+            if snapshot.persist_since_s is None and snapshot.key in job.snapshots and self._obsolete(job, snapshot.key):
                 yield from self._drop(job, snapshot)
+                if snapshot.key == job.persist_key:
+                    why = "superseded before it was committed here"
+                    yield from self._persist_failed(job, PersistFailed(job.name, *snapshot.key, why), now_s)
 
-    def _persist_if_wanted(self, job: Job, now_s: float) -> Iterator[Action]:
-        """One at a time: while a snapshot is being written, a newer wish waits."""
-        wanted, key = job.persist_wanted, job.committed
-        if wanted is None or key is None or key[1] < wanted or key[0] != job.attempt:
+    def _doom(self, job: Job, key: Key, now_s: float, *, tell: bool) -> Iterator[Action]:
+        """A rank will never have it: release it, here and (`tell`) everywhere."""
+        job.doomed[key] = None
+        while len(job.doomed) > DOOMED_KEPT:
+            job.doomed.popitem(last=False)
+        job.peers_sealed.pop(key, None)
+        job.counters.skipped += 1
+        if key in job.snapshots:
+            yield from self._drop(job, job.snapshots[key])
+        yield TellRanks(job.name, *key, "skipped")
+        if tell and job.nodes > 1:
+            yield TellPeers(job.name, *key, "skipped")
+        if key == job.persist_key:  # then the next one
+            job.persist_key = None
+            if job.node == 0:
+                job.persist_wanted = max(key[1], job.persist_wanted or 0)
+                yield from self._decide_persist(job, now_s)
+
+    def _passes(self, job: Job, attempt: int, rank: int, step: int, now_s: float) -> Iterator[Action]:
+        """A local rank has come to `step`: what it should have filled before and did not, it skipped."""
+        if attempt < job.attempt:
             return
-        if any(s.persist_since_s is not None for s in job.snapshots.values()):
+        job.passed[attempt, rank] = max(step, job.passed.get((attempt, rank), step))
+        for key in {*job.snapshots, *job.peers_sealed}:
+            if key[0] == attempt and self._is_lost(job, key):
+                yield from self._doom(job, key, now_s, tell=True)
+
+    @staticmethod
+    def _is_lost(job: Job, key: Key) -> bool:
+        """Whether a local rank is past this step without an image of it."""
+        snapshot = job.snapshots.get(key)
+        if key in job.doomed or (job.committed is not None and key <= job.committed) or (snapshot is not None and snapshot.state != FILLING):
+            return False
+        past = [rank for (attempt, rank), step in job.passed.items() if attempt == key[0] and step > key[1]]
+        return any(snapshot is None or (rank >= 0 and rank not in snapshot.images) for rank in past)
+
+    def _decide_persist(self, job: Job, now_s: float) -> Iterator[Action]:
+        """Node 0: the newest sealed snapshot at or after the wish. One at a time: while a snapshot is being written, a newer wish waits."""
+        wanted = job.persist_wanted
+        if wanted is None or job.node != 0 or job.persist_key is not None or any(s.persist_since_s is not None for s in job.snapshots.values()):
+            return
+        keys = [k for k, s in job.snapshots.items() if s.state != FILLING and k[0] == job.attempt and k[1] >= wanted]
+        if not keys:
             return
         job.persist_wanted = None
-        snapshot = job.snapshots.get(key)
-        if snapshot is None or snapshot.persisted:
+        snapshot = job.snapshots[max(keys)]
+        if snapshot.persisted:
+            return
+        job.persist_key = snapshot.key
+        if job.nodes > 1:
+            yield TellPeers(job.name, *snapshot.key, "persist")
+        yield from self._begin_persist(job, snapshot, now_s)
+
+    @staticmethod
+    def _begin_persist(job: Job, snapshot: Snapshot, now_s: float) -> Iterator[Action]:
+        if snapshot.key != job.persist_key or snapshot.state != COMMITTED or snapshot.persist_since_s is not None or snapshot.persisted:
             return
         snapshot.persist_since_s = now_s
         refs = tuple((rank, image.ref, image.image_bytes) for rank, image in sorted(snapshot.images.items()))
-        yield WriteImages(job.name, *key, refs)
+        yield WriteImages(job.name, *snapshot.key, refs)
 
     def _end_persist(self, job: Job, key: Key, now_s: float, *, done: bool) -> Iterator[Action]:
+        if key == job.persist_key:
+            job.persist_key = None
         snapshot = job.snapshots.get(key)
         if snapshot is not None:
-            snapshot.persist_since_s, snapshot.persisted = None, done
+            snapshot.persist_since_s = None
+            snapshot.persisted |= done
             snapshot.written.clear()
-        yield from self._drop_superseded(job)
-        yield from self._persist_if_wanted(job, now_s)
+        yield from self._drop_superseded(job, now_s)
+        yield from self._decide_persist(job, now_s)
 
     def _expire(self, job: Job, now_s: float) -> Iterator[Action]:
         for snapshot in [*job.snapshots.values()]:

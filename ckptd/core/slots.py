@@ -175,13 +175,16 @@ def flip(memory: memoryview, at: int, state: int) -> None:
 
 
 def read_header(memory: memoryview, at: int) -> Header:
-    """The header as it is; one whose words do not fit their check reads as FILLING: it is being written, or was torn."""
+    """The header as it is; one whose words do not fit their check reads as FILLING: it is being written, or was torn.
+
+    The state is read before and after the words: a FILLED that was followed by the words of the next filling is none.
+    """
     state = _get(memory, at)
     end = at + 8 + 8 * len(_WORDS)
     if state not in {FILLING, FILLED, VOID}:
         return Header(EMPTY)
     words = dict(zip(_WORDS, (_get(memory, at + 8 + 8 * i) for i in range(len(_WORDS))), strict=True))
-    if _check(memory[at + 8 : end]) != _get(memory, end):
+    if _check(memory[at + 8 : end]) != _get(memory, end) or _get(memory, at) != state:
         state = FILLING
     return Header(state, **words)
 
