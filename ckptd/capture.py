@@ -64,7 +64,8 @@ def hash_of(tensor: Tensor) -> int:
 
 def copy_batch(places: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy tensors into their places; one call, so that the GIL is given up once."""
-    torch._foreach_copy_(list(places), list(sources))  # noqa: SLF001  the public way to copy many tensors does not exist
+    if places:
+        torch._foreach_copy_(list(places), list(sources))
 
 
 def batches(places: Sequence[Tensor], sources: Sequence[Tensor], batch_bytes: int) -> list[tuple[list[Tensor], list[Tensor]]]:

@@ -299,7 +299,7 @@ class Daemon:
         """The process is dead: its memory is ours alone again."""
         held, client.arena = client.arena, None
         self.parted.discard(client)
-        if held is not None:
+        if held is not None and self.arenas.get(held.name) is held:
             self.arenas.void_torn(held)
             self._scan(held)
             self._verify_ahead(client.job)

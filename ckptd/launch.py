@@ -303,7 +303,7 @@ def run(args: argparse.Namespace) -> int:
     config, command, command_args = torchrun.config_from_args(args)
     settings = {
         "CKPTD_JOB": job, "CKPTD_STORE": args.store, "CKPTD_PERSIST_EVERY": args.persist_every, "CKPTD_SLOTS": args.slots,
-        "CKPTD_DIR": args.dir, "CKPTD_PRELOAD": ",".join(args.preload),
+        "CKPTD_KEPT": "1", "CKPTD_DIR": args.dir, "CKPTD_PRELOAD": ",".join(args.preload),
     }  # fmt: skip
     os.environ.update({k: str(v) for k, v in settings.items() if v})
     keeper = Keeper(job, args.dir, args.linger_s)

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ckptd.capture import copy_batch
 from ckptd.core import checksum, wire
 from ckptd.core.boxes import Box
 from ckptd.core.image import Image, header_bytes_of, parse
@@ -241,7 +242,7 @@ def _copy(source: Source, copies: Iterable[Copy], targets: Mapping[int, tuple[Te
         sources.append(_narrow(saved.view(c.box.extent), c.part.relative_to(c.box)))
         places.append(_narrow(place, c.part.relative_to(box)))
     with torch.no_grad():
-        torch._foreach_copy_(places, sources) if places else None  # noqa: SLF001, B018  the public way to copy many tensors does not exist
+        copy_batch(places, sources)
 
 
 def _narrow(tensor: Tensor, box: Box) -> Tensor:

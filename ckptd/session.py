@@ -67,6 +67,8 @@ log = logging.getLogger("ckptd")
 
 SLOTS_DEFAULT = 3
 """One committed, one on its way, one to fill: two would skip a step whenever the commit takes longer than the step's rest."""
+KEEPER_S = 5.0
+"""A launcher's keeper notices a dead daemon at once and needs about half a second to start another."""
 SLACK_BYTES = 1 << 20
 """Added to each slot, so that objects may grow (a data loader's position, a scheduler's list) without a new arena."""
 
@@ -93,6 +95,8 @@ class Settings:
     directory: str | None = None
     """Where the daemon's socket lies."""
     start_daemon: bool = True
+    kept: bool = False
+    """A launcher looks after the daemon: it gets a moment to bring back one that died, with the arenas."""
     required: bool = False
     """Raise where the default is to train on without snapshots."""
     timeout_s: float = 60.0
@@ -264,13 +268,15 @@ class Session:
         return arrival
 
     def _reach_daemon(self) -> wire.Welcome:
+        """The daemon's welcome. Where nobody listens one is started; one that listens and does not answer (stopped, hung) is not replaced."""
         try:
             return self._link.open(self.settings.timeout_s / 2)
-        except DaemonUnreachable:
+        except DaemonUnreachable as e:
             path = socket_path(self.settings.directory)
-            if not self.settings.start_daemon or path.exists():
+            if not self.settings.start_daemon or not isinstance(e.__cause__, FileNotFoundError | ConnectionRefusedError):
                 raise
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            kept = self.settings.kept and spawn.is_up(path, KEEPER_S)
+            if not kept and os.environ.get("LOCAL_RANK", "0") == "0":
                 log.warning("no daemon at %s: starting one for this node", path)
                 spawn.start_daemon(self.settings.directory)
             spawn.await_socket(path, self.settings.timeout_s / 4)
@@ -412,10 +418,11 @@ class Session:
             return False
         try:
             self._fill(step, slot)
-        except CkptdError as e:
+        except Exception as e:
+            # Whatever goes wrong here, a bug of ours included, costs this snapshot and not the user's step; it is logged and counted.
             self._void(slot)
             self._skip(step, type(e).__name__)
-            log.warning("step %d was not captured: %s", step, e)
+            log.warning("step %d was not captured: %s", step, e, exc_info=not isinstance(e, CkptdError))
             return False
         self._timings["step_s"] = time.perf_counter() - began_s
         return True
@@ -924,7 +931,7 @@ class _Work:
 
     def _reseed(self, obj: Obj) -> None:
         s = self._session
-        seed = xxhash.xxh3_64_intdigest(f"{s.settings.job}/{self._index.step}/{s.rank}/{obj.name}") >> 1
+        seed = xxhash.xxh3_64_intdigest(f"{s.settings.job}/{self._index.step}/{s.rank}/{obj.name}".encode()) >> 1
         match obj.target:
             case torch.Generator():
                 obj.target.manual_seed(seed)
@@ -987,6 +994,7 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
         paranoid=paranoid,
         directory=directory,
         start_daemon=start_daemon,
+        kept=env.get("CKPTD_KEPT", "") == "1",
         required=required,
         timeout_s=timeout_s,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -10,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckptd.channel import private_directory, socket_path
+from ckptd.channel import connect, private_directory, socket_path
 from ckptd.errors import DaemonUnreachable
 
 LINGER_S = 600.0
@@ -54,11 +55,20 @@ os.execv(sys.argv[at + 1], sys.argv[at + 1 :])
 """What runs between fork and exec: descriptors to their places, and LISTEN_PID, which only the child knows."""
 
 
-def await_socket(path: Path, timeout_s: float) -> None:
-    """Wait until a daemon's socket is there. Raises DaemonUnreachable."""
-    deadline_s = time.monotonic() + timeout_s
-    while not path.exists():
-        if time.monotonic() > deadline_s:
-            msg = f"no daemon came up at {path} within {timeout_s:.0f} s"
-            raise DaemonUnreachable(msg, remedy=f"its log is {path.with_name('daemon.log')}")
+def is_up(path: Path, timeout_s: float) -> bool:
+    """Whether somebody listens at `path`, now or within `timeout_s`."""
+    until_s = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(DaemonUnreachable):
+            connect(path, timeout_s).close()
+            return True
+        if time.monotonic() > until_s:
+            return False
         time.sleep(0.02)
+
+
+def await_socket(path: Path, timeout_s: float) -> None:
+    """Wait until a daemon listens. Raises DaemonUnreachable."""
+    if not is_up(path, timeout_s):
+        msg = f"no daemon came up at {path} within {timeout_s:.0f} s"
+        raise DaemonUnreachable(msg, remedy=f"its log is {path.with_name('daemon.log')}")

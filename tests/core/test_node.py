@@ -1,0 +1,1069 @@
+"""The life of snapshots: the machine as a table of events and actions, and a simulated cluster that keeps its own truth.
+
+The simulation (`World`): nodes with their `Node`, ranks with slots as bytes would lie in an arena, links that lose, double and reorder.
+A world is one seed and one `Setup`; a failure prints both. Replay one:  SIM_SEED=17 pytest tests/core/test_node.py -k sim
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+
+import pytest
+
+from ckptd.core import node as N
+from ckptd.core.ladder import rungs
+from ckptd.core.node import (
+    COMMITTED,
+    DOOMED_KEPT,
+    FILLING,
+    SEALED,
+    AttemptBegan,
+    Chosen,
+    Filled,
+    Forget,
+    Hash,
+    Hashed,
+    ImagesWritten,
+    Node,
+    PeerSealed,
+    PersistAsked,
+    Persisted,
+    PersistFailed,
+    PersistTold,
+    Release,
+    RestoreFailed,
+    Skipped,
+    SlotRef,
+    TellPeers,
+    TellRanks,
+    Tick,
+    WriteImages,
+    WriteManifest,
+    check,
+)
+
+J = "job"
+
+
+# --- the table: events -> actions ---------------------------------------------------------------------------------------------
+
+
+def ref(step: int, rank: int = 0, gen: int | None = None) -> SlotRef:
+    return SlotRef(f"a{rank}", step % 3, step if gen is None else gen)
+
+
+def filled(step, rank=0, *, attempt=1, ranks=1, node=0, nodes=1, gen=None):
+    return Filled(J, attempt, step, rank, ranks * nodes, ranks, node, nodes, ref(step, rank, gen), 100)
+
+
+def hashed(step, rank=0, *, attempt=1, gen=None):
+    return Hashed(J, attempt, step, rank, ref(step, rank, gen))
+
+
+def run(machine: Node, *events, at: float = 0.0) -> list:
+    """The last event's actions."""
+    actions: list = []
+    for event in events:
+        actions = machine.receive(event, at)
+        check(machine)
+    return actions
+
+
+def began(attempt=1, node=0, nodes=1):
+    return AttemptBegan(J, attempt, node, nodes)
+
+
+def sealed_here(machine, step, *, attempt=1, node=0, nodes=1):
+    return run(machine, filled(step, attempt=attempt, node=node, nodes=nodes), hashed(step, attempt=attempt))
+
+
+def state_of(machine, step, attempt=1):
+    snapshot = machine.jobs[J].snapshots.get((attempt, step))
+    return snapshot.state if snapshot else None
+
+
+def told(what, step, attempt=1):
+    return TellPeers(J, attempt, step, what)
+
+
+def test_filled_asks_for_a_hash_and_doubles_change_nothing():
+    m = Node()
+    assert run(m, began(), filled(1)) == [Hash(J, 1, 1, 0, ref(1), 100)]
+    assert run(m, filled(1)) == []
+    assert state_of(m, 1) == FILLING
+
+
+def test_all_local_ranks_seal_and_one_node_commits():
+    m = Node()
+    run(m, began(), filled(1, 0, ranks=2), filled(1, 1, ranks=2))
+    assert run(m, hashed(1, 0)) == []
+    assert run(m, hashed(1, 1)) == [TellRanks(J, 1, 1, COMMITTED)]
+    assert run(m, hashed(1, 1)) == []
+    assert (m.jobs[J].counters.sealed, m.jobs[J].counters.committed) == (1, 1)
+
+
+def test_sealed_waits_for_every_node():
+    m = Node()
+    run(m, began(nodes=3), filled(1, nodes=3))
+    assert run(m, hashed(1)) == [told("sealed", 1)]
+    assert state_of(m, 1) == SEALED
+    assert run(m, PeerSealed(J, 1, 1, 1)) == []
+    assert run(m, PeerSealed(J, 1, 1, 1)) == [], "a node that says it twice is one node"
+    assert run(m, PeerSealed(J, 1, 1, 0)) == [], "our own number is no other node"
+    assert run(m, PeerSealed(J, 1, 1, 7)) == [], "a node that the job does not have"
+    assert run(m, PeerSealed(J, 1, 1, -1)) == []
+    assert run(m, PeerSealed(J, 1, 1, 2)) == [TellRanks(J, 1, 1, COMMITTED)]
+
+
+def test_peers_may_seal_first():
+    m = Node()
+    run(m, began(nodes=2), PeerSealed(J, 1, 1, 1), filled(1, nodes=2))
+    assert run(m, hashed(1)) == [told("sealed", 1), TellRanks(J, 1, 1, COMMITTED)]
+
+
+def test_a_newer_commit_releases_the_older_one_and_only_then():
+    m = Node()
+    run(m, began(nodes=2))
+    sealed_here(m, 1, nodes=2)
+    run(m, PeerSealed(J, 1, 1, 1))
+    assert sealed_here(m, 2, nodes=2) == [told("sealed", 2)]
+    assert state_of(m, 1) == COMMITTED
+    assert run(m, PeerSealed(J, 1, 2, 1)) == [TellRanks(J, 1, 2, COMMITTED), Release(ref(1))]
+    assert run(m, PeerSealed(J, 1, 1, 1)) == []
+    assert run(m, filled(1, gen=77)) == [Release(ref(1, gen=77))], "superseded before it came"
+
+
+def test_a_skipped_snapshot_is_released_everywhere_and_late_images_at_once():
+    m = Node()
+    run(m, began(nodes=2), filled(1, 0, ranks=2, nodes=2))
+    assert run(m, Skipped(J, 1, 1)) == [Release(ref(1, 0)), TellRanks(J, 1, 1, "skipped"), told("skipped", 1)]
+    assert run(m, Skipped(J, 1, 1)) == []
+    assert run(m, filled(1, 1, ranks=2, nodes=2)) == [Release(ref(1, 1))]
+    assert run(m, Skipped(J, 1, 2, 1)) == [TellRanks(J, 1, 2, "skipped")], "a peer's skip is not told on"
+
+
+def test_a_committed_snapshot_cannot_be_skipped():
+    m = Node()
+    run(m, began())
+    sealed_here(m, 1)
+    assert run(m, Skipped(J, 1, 1)) == []
+    assert state_of(m, 1) == COMMITTED
+
+
+def test_a_peer_that_seals_a_doomed_step_is_told_again():
+    m = Node()
+    assert run(m, began(nodes=2), Skipped(J, 1, 1), PeerSealed(J, 1, 1, 1)) == [told("skipped", 1)]
+
+
+def test_a_rank_that_is_past_a_step_without_an_image_skipped_it():
+    """Its notice died with a daemon. Without this, the other ranks' slots are held for ever."""
+    m = Node()
+    run(m, began(nodes=2), filled(1, 0, ranks=2, nodes=2))
+    actions = run(m, filled(2, 1, ranks=2, nodes=2))
+    assert Release(ref(1, 0)) in actions
+    assert told("skipped", 1) in actions
+    m = Node()
+    run(m, began(nodes=2), filled(2, 1, ranks=2, nodes=2))
+    assert run(m, filled(1, 0, ranks=2, nodes=2))[1:] == [Release(ref(1, 0)), TellRanks(J, 1, 1, "skipped"), told("skipped", 1)]
+
+
+def test_a_peers_step_that_we_are_past_is_told_as_skipped():
+    m = Node()
+    run(m, began(nodes=2), filled(5, nodes=2))
+    assert told("skipped", 4) in run(m, PeerSealed(J, 1, 4, 1))
+    assert run(m, PeerSealed(J, 1, 6, 1)) == [], "we may still come to it"
+    assert told("skipped", 6) in run(m, Skipped(J, 1, 7))
+
+
+def test_a_new_attempt_releases_what_can_never_be_complete():
+    m = Node()
+    run(m, began())
+    sealed_here(m, 1)
+    run(m, filled(2, 0, ranks=2))
+    assert run(m, began(2)) == [Release(ref(2, 0))]
+    assert state_of(m, 1) == COMMITTED
+    assert run(m, began(1)) == []
+    assert m.jobs[J].counters.fenced == 1
+
+
+def test_a_successor_that_learns_of_the_attempt_before_all_arenas_are_back_releases_nothing():
+    """The only step of a job that restarted and did not commit yet: rank 0's arena comes with its Join, rank 1's later."""
+    m = Node()
+    run(m, filled(7, 0, attempt=4, ranks=2))
+    assert run(m, began(5)) == []
+    run(m, Chosen(J, 5, (4, 7)))
+    run(m, filled(7, 1, attempt=4, ranks=2), hashed(7, 0, attempt=4))
+    run(m, hashed(7, 1, attempt=4))
+    assert state_of(m, 7, 4) == COMMITTED
+    assert m.jobs[J].committed == (4, 7)
+    assert run(m, filled(6, 1, attempt=4, ranks=2)) == [Release(ref(6, 1))], "not chosen"
+
+
+def test_between_attempt_and_choice_nothing_is_committed_or_released():
+    m = Node()
+    run(m, began(nodes=2))
+    sealed_here(m, 1, nodes=2)
+    run(m, PeerSealed(J, 1, 1, 1))
+    sealed_here(m, 2, nodes=2)
+    assert run(m, began(2, nodes=2), PeerSealed(J, 1, 2, 1)) == [], "the restore may be reading step 1"
+    assert state_of(m, 1) == COMMITTED
+    assert run(m, Chosen(J, 2, (1, 1))) == [Release(ref(2))]
+    assert m.jobs[J].committed == (1, 1)
+
+
+def test_renumbered_nodes_do_not_complete_an_old_attempts_snapshot():
+    m = Node()
+    run(m, began(nodes=3))
+    sealed_here(m, 1, nodes=3)
+    run(m, PeerSealed(J, 1, 1, 2), began(2, nodes=3))
+    assert run(m, PeerSealed(J, 1, 1, 1)) == [], "node 1 of attempt 2 was node 2 of attempt 1"
+    assert state_of(m, 1) == SEALED
+
+
+@pytest.mark.parametrize("source", [None, (1, 1), (1, 2)])
+def test_a_restores_choice_is_committed_and_everything_else_is_released(source):
+    m = Node()
+    run(m, began(nodes=2))
+    sealed_here(m, 1, nodes=2)
+    sealed_here(m, 2, nodes=2)
+    actions = run(m, began(2, nodes=2), Chosen(J, 2, source))
+    assert {a.ref for a in actions if isinstance(a, Release)} == {ref(s) for s in (1, 2) if (1, s) != source}
+    assert m.jobs[J].committed == source
+    assert run(m, Chosen(J, 2, source)) == []
+    assert run(m, Chosen(J, 1, None)) == []
+
+
+def test_a_choice_repeated_late_does_not_turn_back():
+    m = Node()
+    run(m, began())
+    sealed_here(m, 1)
+    run(m, began(2), Chosen(J, 2, (1, 1)))
+    sealed_here(m, 2, attempt=2)
+    run(m, Chosen(J, 2, (1, 1)))
+    assert m.jobs[J].committed == (2, 2)
+
+
+def test_a_zombies_image_is_released():
+    m = Node()
+    run(m, began(), began(2), Chosen(J, 2, None))
+    assert run(m, filled(9)) == [Release(ref(9))]
+    assert run(m, Skipped(J, 1, 9)) == []
+    assert run(m, PeerSealed(J, 1, 9, 1)) == []
+
+
+def test_an_old_image_that_could_not_be_sealed_is_released():
+    """A successor adopts a damaged slot of the last attempt: it must not be held for ever."""
+    m = Node()
+    run(m, began(5), filled(7, attempt=4))
+    assert run(m, Skipped(J, 4, 7)) == [Release(ref(7))]
+
+
+def test_persist_is_written_where_it_is_committed_and_held_until_then():
+    m = Node()
+    run(m, began())
+    assert run(m, PersistAsked(J, 1)) == []
+    assert sealed_here(m, 1) == [TellRanks(J, 1, 1, COMMITTED), WriteImages(J, 1, 1, ((0, ref(1), 100),))]
+    assert sealed_here(m, 2) == [TellRanks(J, 1, 2, COMMITTED)], "step 1 is being written"
+    assert run(m, PersistAsked(J, 1)) == [], "that is being done"
+    assert run(m, ImagesWritten(J, 1, 1)) == [WriteManifest(J, 1, 1, 1)]
+    assert run(m, ImagesWritten(J, 1, 1)) == []
+    assert run(m, Persisted(J, 1, 1)) == [TellRanks(J, 1, 1, "persisted"), Release(ref(1))]
+    assert run(m, Persisted(J, 1, 1)) == []
+    assert run(m, PersistFailed(J, 1, 1, "late")) == []
+    assert run(m, PersistAsked(J, 1)) == [], "that was done"
+    assert m.jobs[J].counters.persisted == 1
+    assert m.jobs[J].counters.persist_failed == 0
+
+
+def test_the_next_wish_waits_and_failures_and_deadlines_release():
+    m = Node(persist_timeout_s=10)
+    run(m, began(), PersistAsked(J, 1))
+    sealed_here(m, 1)
+    sealed_here(m, 2)
+    assert run(m, PersistAsked(J, 2)) == []
+    actions = run(m, PersistFailed(J, 1, 1, "full"))
+    assert actions == [TellRanks(J, 1, 1, "persist failed: full"), Release(ref(1)), WriteImages(J, 1, 2, ((0, ref(2), 100),))]
+    sealed_here(m, 3)
+    assert run(m, Tick(), at=10.0) == []
+    assert Release(ref(2)) in run(m, Tick(), at=10.1)
+    assert run(m, ImagesWritten(J, 1, 2)) == []
+
+
+def test_node_0_decides_what_is_persisted_before_it_tells_that_it_sealed():
+    m = Node()
+    run(m, began(nodes=2), PersistAsked(J, 1))
+    assert sealed_here(m, 1, nodes=2) == [told("persist", 1), told("sealed", 1)]
+    run(m, PeerSealed(J, 1, 1, 1))
+    assert run(m, ImagesWritten(J, 1, 1, 1)) == []
+    assert run(m, ImagesWritten(J, 1, 1)) == [WriteManifest(J, 1, 1, 2)]
+    assert told("persisted", 1) in run(m, Persisted(J, 1, 1))
+
+
+def test_the_others_ask_and_obey():
+    m = Node()
+    run(m, began(node=1, nodes=2))
+    assert run(m, PersistAsked(J, 1)) == [told("persist asked", 1)]
+    assert run(m, PersistTold(J, 1, 1)) == []
+    run(m, filled(1, node=1, nodes=2), hashed(1))
+    assert run(m, PeerSealed(J, 1, 1, 0))[1:] == [WriteImages(J, 1, 1, ((0, ref(1), 100),))]
+    assert run(m, PersistTold(J, 1, 1)) == []
+    assert run(m, ImagesWritten(J, 1, 1)) == [told("written", 1)]
+    assert ((1, 1), "written") in m.greeting(J)
+    run(m, filled(2, node=1, nodes=2), hashed(2), PeerSealed(J, 1, 2, 0))
+    assert state_of(m, 1) == COMMITTED
+    assert Release(ref(1)) in run(m, Persisted(J, 1, 1, here=False))
+    assert run(m, PersistTold(J, 1, 1)) == [told("persist failed", 1)], "it is gone"
+
+
+def test_a_decided_step_that_a_rank_skipped_gives_way_to_the_next():
+    m = Node()
+    run(m, began(nodes=2), PersistAsked(J, 1))
+    sealed_here(m, 1, nodes=2)
+    run(m, Skipped(J, 1, 1, 1))
+    assert told("persist", 2) in sealed_here(m, 2, nodes=2)
+
+
+def test_a_successor_of_node_0_takes_over_what_was_being_persisted():
+    m = Node()
+    run(m, began(nodes=2))
+    sealed_here(m, 1, nodes=2)
+    assert told("persist", 1) in run(m, ImagesWritten(J, 1, 1, 1))
+    assert WriteImages(J, 1, 1, ((0, ref(1), 100),)) in run(m, PeerSealed(J, 1, 1, 1))
+    assert run(m, ImagesWritten(J, 1, 1)) == [WriteManifest(J, 1, 1, 2)]
+    run(m, Persisted(J, 1, 1))
+    assert run(m, ImagesWritten(J, 1, 1, 1)) == [told("persisted", 1)], "it did not hear"
+    assert run(m, ImagesWritten(J, 1, 9, 1)) == [told("persist failed", 9)], "nobody here knows it"
+
+
+def test_greeting_tells_everything_that_may_have_been_lost():
+    m = Node()
+    run(m, began(nodes=2), PersistAsked(J, 2), Skipped(J, 1, 1))
+    sealed_here(m, 2, nodes=2)
+    run(m, filled(3, nodes=2))
+    assert m.greeting(J) == [((1, 2), "persist"), ((1, 1), "skipped"), ((1, 2), "sealed")]
+    assert m.greeting("none") == []
+
+
+def test_holdings_are_what_is_sealed():
+    m = Node()
+    run(m, began(), filled(2, 0, ranks=2))
+    sealed_here(m, 1)
+    assert [(h.step, h.ranks, h.state) for h in m.holdings(J)] == [(1, (0,), COMMITTED)]
+    assert m.holdings("none") == []
+
+
+def test_failed_restores_are_remembered_and_forget_releases_all():
+    m = Node()
+    run(m, began())
+    sealed_here(m, 1)
+    assert run(m, RestoreFailed(J, 1, 1, "memory")) == []
+    assert m.jobs[J].failed == {(1, 1, "memory")}
+    assert run(m, Forget(J)) == [Release(ref(1))]
+    assert m.jobs == {}
+
+
+def test_jobs_do_not_touch_each_other():
+    m = Node()
+    run(m, began())
+    sealed_here(m, 1)
+    m.receive(AttemptBegan("other", 9, 0, 1), 0.0)
+    m.receive(Filled("other", 9, 1, 0, 1, 1, 0, 1, SlotRef("b", 0, 1), 5), 0.0)
+    assert m.receive(Forget("other"), 0.0) == [Release(SlotRef("b", 0, 1))]
+    assert state_of(m, 1) == COMMITTED
+
+
+def test_memory_of_the_machine_is_bounded():
+    m = Node()
+    run(m, began(nodes=2))
+    for step in range(5 * DOOMED_KEPT):
+        m.receive(PeerSealed(J, 1, step, 1), 0.0)
+        m.receive(Skipped(J, 1, step, 1), 0.0)
+        m.receive(PeerSealed(J, 1, 10_000 + step, 1), 0.0)
+    job = m.jobs[J]
+    assert len(job.doomed) <= DOOMED_KEPT
+    assert len(job.peers_sealed) <= DOOMED_KEPT
+    assert len(job.passed) <= 2
+
+
+def test_more_images_than_local_ranks_are_refused():
+    m = Node()
+    run(m, began(), filled(1, 0))
+    assert run(m, filled(1, 1)) == [Release(ref(1, 1))]
+
+
+# --- the simulation -----------------------------------------------------------------------------------------------------------
+
+
+class Broken(AssertionError):
+    """An invariant of the world does not hold."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    nodes: int
+    ranks: int
+    slots: int
+    loss: float = 0.05
+    double: float = 0.05
+    reorder: float = 0.05
+
+    @staticmethod
+    def of(rng: random.Random) -> Setup:
+        rate = lambda: rng.choice([0.0, 0.02, 0.1])
+        return Setup(rng.choice([1, 2, 2, 2, 3]), rng.choice([1, 2, 2, 3]), rng.choice([2, 3]), rate(), rate(), rate())
+
+
+@dataclass
+class Slot:
+    """What lies in memory: it outlives trainer and daemon."""
+
+    state: str = "EMPTY"
+    gen: int = 0
+    key: tuple[int, int] = (0, 0)
+    place: tuple[int, int, int, int] = (1, 1, 0, 1)
+    """world_size, local_count, node, nodes: a slot's header says what its attempt was like."""
+    released: int = 0
+    sealed: int = 0
+
+    @property
+    def free(self) -> bool:
+        return self.state in {"EMPTY", "VOID"} or (self.state == "FILLED" and self.released == self.gen)
+
+    @property
+    def held(self) -> bool:
+        return self.state == "FILLED" and self.released != self.gen
+
+
+@dataclass
+class Rank:
+    """A trainer: it fills, flips, tells; and knows nothing else."""
+
+    slots: list[Slot]
+    step: int = 0
+    filling: int = -1
+    joined: bool = True
+    chose: bool = True
+
+
+@dataclass
+class Machine:
+    node: Node | None
+    number: int
+    ranks: list[Rank]
+    work: list = field(default_factory=list)
+    """Events that the daemon owes itself: hashes, writes. They die with it."""
+
+
+class World:
+    """A job on some nodes. All randomness from one seed; all truth from the slots."""
+
+    def __init__(self, seed: int, setup: Setup | None = None, machine: type[Node] = Node) -> None:
+        self.rng = random.Random(seed)
+        self.setup = setup or Setup.of(self.rng)
+        self.make = lambda: machine(persist_timeout_s=50.0)
+        self.now_s = 0.0
+        self.faults = True
+        self.attempt = 1
+        self.known_failed: set = set()
+        self.machines = [
+            Machine(self.make(), n, [Rank([Slot() for _ in range(self.setup.slots)]) for _ in range(self.setup.ranks)])
+            for n in range(self.setup.nodes)
+        ]
+        self.links: dict[tuple[int, int], deque] = {(a, b): deque() for a in range(len(self.machines)) for b in range(len(self.machines)) if a != b}
+        self.late: list = []
+        self.sealed_by: dict = defaultdict(set)
+        self.newest = None
+        """What must be held by all: the newest step that every node sealed, or the restore's choice."""
+        self.releases: set = set()
+        self.written: dict = defaultdict(set)
+        self.manifests: set = set()
+        self.commits: dict = defaultdict(set)
+        self.done: set = set()
+        self.trace: deque = deque(maxlen=60)
+        for n in range(len(self.machines)):
+            for r in range(self.setup.ranks):
+                self.send(n, AttemptBegan(J, 1, n, self.setup.nodes))
+                self.send(n, Chosen(J, 1, None))
+
+    # --- truth
+
+    def arena(self, n: int, r: int) -> str:
+        return f"n{n}r{r}"
+
+    def holds(self, n: int, key) -> bool:
+        return all(any(s.held and s.key == key for s in rank.slots) for rank in self.machines[n].ranks)
+
+    def sealed(self, n: int, key) -> bool:
+        return all(any(s.held and s.key == key and s.sealed == s.gen for s in rank.slots) for rank in self.machines[n].ranks)
+
+    def look(self) -> None:
+        """Check the promises against the slots."""
+        for n, m in enumerate(self.machines):
+            for key in {s.key for s in m.ranks[0].slots if s.held and s.key[0] == self.attempt}:
+                if self.sealed(n, key):
+                    self.sealed_by[key].add(n)
+                    if len(self.sealed_by[key]) == len(self.machines) and (self.newest is None or key > self.newest):
+                        self.newest = key
+            if m.node is not None:
+                check(m.node)
+                for snapshot in m.node.jobs[J].snapshots.values() if J in m.node.jobs else ():
+                    for r, image in snapshot.images.items():
+                        slot = m.ranks[r % self.setup.ranks].slots[image.ref.slot]
+                        if (n, image.ref) in self.releases or not slot.held or slot.gen != image.ref.gen:
+                            raise Broken(f"N2: node {n} counts on {image.ref} of {snapshot.key}, which was released")
+        if self.newest is not None:
+            lost = [n for n in range(len(self.machines)) if not self.holds(n, self.newest)]
+            if lost:
+                raise Broken(f"N1: {self.newest} was sealed by all, and nodes {lost} hold it no more")
+
+    # --- events in, actions out
+
+    def send(self, n: int, event) -> None:
+        m = self.machines[n]
+        if m.node is None:
+            return
+        job = m.node.jobs.get(J)
+        old = job is not None and getattr(event, "attempt", 1 << 30) < job.attempt
+        before = self.picture(job) if old and isinstance(event, (PeerSealed, Skipped)) else None
+        actions = m.node.receive(event, self.now_s)
+        self.trace.append((n, event, actions))
+        if before is not None and (self.picture(job) != before or actions):
+            raise Broken(f"N3: {event} of an old attempt changed node {n}: {actions}")
+        for action in actions:
+            self.perform(n, action)
+        self.look()
+
+    @staticmethod
+    def picture(job):
+        return {k: (s.state, tuple(s.images)) for k, s in job.snapshots.items()}, job.committed, job.attempt, tuple(job.doomed)
+
+    def perform(self, n: int, action) -> None:
+        m = self.machines[n]
+        match action:
+            case Hash():
+                m.work.append(action)
+            case Release():
+                if (n, action.ref) in self.releases:
+                    raise Broken(f"N2: {action.ref} released twice")
+                self.releases.add((n, action.ref))
+                r = int(action.ref.arena.split("r")[1])
+                slot = m.ranks[r].slots[action.ref.slot]
+                if slot.gen == action.ref.gen:
+                    slot.released = action.ref.gen
+            case TellPeers():
+                for other in range(len(self.machines)):
+                    if other != n and (action.what not in {"written", "persist asked"} or self.machines[other].number == 0):
+                        self.links[n, other].append((action.what, (action.attempt, action.step)))
+            case TellRanks():
+                if action.state == COMMITTED:
+                    self.commits[action.attempt, action.step].add(n)
+                if action.state == "persisted":
+                    self.done.add((action.attempt, action.step))
+            case WriteImages() | WriteManifest():
+                m.work.append(action)
+
+    def heard(self, n: int, a: int, news) -> None:
+        what, key = news
+        source = self.machines[a].number
+        self.send(
+            n,
+            {
+                "sealed": lambda: PeerSealed(J, *key, source),
+                "skipped": lambda: Skipped(J, *key, source),
+                "persist": lambda: PersistTold(J, *key),
+                "persist asked": lambda: PersistAsked(J, key[1]),
+                "written": lambda: ImagesWritten(J, *key, source),
+                "persisted": lambda: Persisted(J, *key, here=False),
+                "persist failed": lambda: PersistFailed(J, *key, "there", here=False),
+            }[what](),
+        )
+
+    def deliver(self, link) -> None:
+        queue, rng, s = self.links[link], self.rng, self.setup
+        if not queue:
+            return
+        news = queue.popleft()
+        if self.faults and rng.random() < s.loss:
+            queue.clear()  # the connection broke, and everything on it is lost
+            return
+        if self.faults and rng.random() < s.double:
+            self.late.append((link, news))
+        if self.faults and rng.random() < s.reorder:
+            self.late.append((link, news))
+            return
+        self.heard(link[1], link[0], news)
+
+    def greet(self, link) -> None:
+        a, b = link
+        if self.machines[a].node is not None and self.machines[b].node is not None:
+            self.links[link].clear()
+            for key, what in self.machines[a].node.greeting(J):
+                if what != "written" or self.machines[b].number == 0:
+                    self.links[link].append((what, key))
+
+    def work(self, n: int) -> None:
+        m = self.machines[n]
+        if m.node is None or not m.work:
+            return
+        action = m.work.pop(self.rng.randrange(len(m.work)))
+        match action:
+            case Hash():
+                r = int(action.ref.arena.split("r")[1])
+                slot = m.ranks[r].slots[action.ref.slot]
+                if slot.gen != action.ref.gen or slot.state != "FILLED":
+                    self.send(n, Skipped(J, action.attempt, action.step))
+                    return
+                slot.sealed = slot.gen
+                self.send(n, Hashed(J, action.attempt, action.step, action.rank, action.ref))
+            case WriteImages():
+                key = action.attempt, action.step
+                snapshot = m.node.jobs[J].snapshots.get(key)
+                if snapshot is not None and snapshot.persist_since_s is not None:
+                    for _, image_ref, _ in action.refs:
+                        r = int(image_ref.arena.split("r")[1])
+                        slot = m.ranks[r].slots[image_ref.slot]
+                        if slot.gen != image_ref.gen or not slot.held:
+                            raise Broken(f"node {n}: {key} was released while it was being persisted")
+                chance = self.rng.random() if self.faults else 1.0
+                if chance < 0.1:
+                    return  # it hangs: the deadline ends it
+                if chance < 0.2:
+                    self.send(n, PersistFailed(J, *key, "disk"))
+                    return
+                self.written[key].add(n)
+                self.send(n, ImagesWritten(J, *key))
+            case WriteManifest():
+                key = action.attempt, action.step
+                if len(self.written[key]) != len(self.machines):
+                    raise Broken(f"the manifest of {key} was asked for when only nodes {self.written[key]} had written")
+                if self.faults and self.rng.random() < 0.1:
+                    self.send(n, PersistFailed(J, *key, "disk"))
+                    return
+                self.manifests.add(key)
+                self.send(n, Persisted(J, *key))
+
+    # --- trainers
+
+    def begin_step(self, n: int, r: int, *, torn: bool = False) -> None:
+        m, rank = self.machines[n], self.machines[n].ranks[r]
+        if rank.filling >= 0:
+            self.flip(n, r)
+        rank.step += 1
+        free = [i for i, s in enumerate(rank.slots) if s.free]
+        if torn or not free:
+            self.tell(n, r, Skipped(J, self.attempt, rank.step))
+            return
+        slot = rank.slots[free[0]]
+        slot.state, slot.gen, slot.key = "FILLING", max(slot.gen, slot.sealed, slot.released) + 1, (self.attempt, rank.step)
+        slot.place = (self.setup.ranks * self.setup.nodes, self.setup.ranks, m.number, self.setup.nodes)
+        rank.filling = free[0]
+
+    def flip(self, n: int, r: int) -> None:
+        rank = self.machines[n].ranks[r]
+        slot = rank.slots[rank.filling]
+        if self.faults and self.rng.random() < 0.02:
+            slot.state = "VOID"
+            self.tell(n, r, Skipped(J, self.attempt, slot.key[1]))
+        else:
+            slot.state = "FILLED"
+            if self.machines[n].node is not None and rank.joined:
+                self.scan(n, r)
+        rank.filling = -1
+
+    def tell(self, n: int, r: int, event) -> None:
+        if self.machines[n].ranks[r].joined:
+            self.send(n, event)
+
+    def scan(self, n: int, r: int) -> None:
+        slots = self.machines[n].ranks[r].slots
+        for i, s in sorted(enumerate(slots), key=lambda e: e[1].key):
+            if s.held:
+                world, local, number, nodes = s.place
+                self.send(n, Filled(J, *s.key, n * self.setup.ranks + r, world, local, number, nodes, SlotRef(self.arena(n, r), i, s.gen), 1))
+
+    # --- daemons and attempts
+
+    def kill_daemon(self, n: int) -> None:
+        m = self.machines[n]
+        m.node, m.work = None, []
+        for rank in m.ranks:
+            rank.joined = False
+        for link in self.links:
+            if n in link:
+                self.links[link].clear()
+
+    def start_daemon(self, n: int) -> None:
+        m = self.machines[n]
+        m.node = self.make()
+        if self.rng.random() < 0.5:  # a service manager kept the arenas
+            for r in self.rng.sample(range(len(m.ranks)), len(m.ranks)):
+                self.scan(n, r)
+
+    def rejoin(self, n: int, r: int) -> None:
+        m, rank = self.machines[n], self.machines[n].ranks[r]
+        if m.node is None or rank.joined:
+            return
+        self.scan(n, r)
+        self.send(n, AttemptBegan(J, self.attempt, m.number, self.setup.nodes))
+        rank.joined = True
+        self.scan(n, r)
+        if rank.chose:
+            self.send(n, Chosen(J, self.attempt, self.source))
+        for link in self.links:
+            if n in link:
+                self.greet(link)
+
+    source = None
+
+    def new_attempt(self) -> None:
+        """Every trainer dies; daemons look at what is left; all ranks restore from one rung."""
+        rng = self.rng
+        for n, m in enumerate(self.machines):
+            if m.node is None:
+                self.start_daemon(n)
+            for r, rank in enumerate(m.ranks):
+                for s in rank.slots:
+                    if s.state == "FILLING":
+                        s.state = "VOID"
+                rank.filling = -1
+                self.scan(n, r)
+            while any(isinstance(w, Hash) for w in m.work):  # a Welcome waits for those
+                self.work(n)
+        if self.rng.random() < 0.3 and self.setup.nodes > 1:  # ranks 0 came up elsewhere: nodes are renumbered
+            numbers = rng.sample(range(self.setup.nodes), self.setup.nodes)
+        else:
+            numbers = [m.number for m in self.machines]
+        must = self.newest
+        held = {n: m.node.holdings(J) for n, m in enumerate(self.machines)}
+        ladder = rungs(held, [])
+        if must is not None and (not ladder or ladder[0].key < must):
+            raise Broken(f"{must} was sealed by all and is not offered: {[r.key for r in ladder]}")
+        zombie = self.attempt
+        self.attempt += 1
+        joins = [(n, r) for n in range(len(self.machines)) for r in range(self.setup.ranks)]
+        rng.shuffle(joins)
+        for n, r in joins:
+            m = self.machines[n]
+            m.number = numbers[n]
+            self.send(n, AttemptBegan(J, self.attempt, m.number, self.setup.nodes))
+            m.ranks[r].joined, m.ranks[r].chose = True, False
+            self.noise(zombie)
+        for link in self.links:
+            self.greet(link)
+        whole = [r.key for r in ladder if all(self.holds(n, r.key) for n in range(len(self.machines)))]
+        pick = rng.random()
+        self.source = None if not whole or pick < 0.1 else rng.choice(whole) if pick < 0.4 else whole[0]
+        self.newest = self.source
+        step = self.source[1] if self.source else 0
+        rng.shuffle(joins)
+        for n, r in joins:
+            self.noise(zombie)
+            if self.faults and rng.random() < 0.05:
+                self.kill_daemon(n)
+                self.start_daemon(n)
+            self.machines[n].ranks[r].step = step
+            self.machines[n].ranks[r].chose = True
+            self.tell(n, r, Chosen(J, self.attempt, self.source))
+        self.look()
+
+    def noise(self, zombie: int) -> None:
+        """Whatever is on the way arrives, and a zombie says something."""
+        for _ in range(self.rng.randrange(4)):
+            self.deliver(self.rng.choice([*self.links])) if self.links else None
+        if self.faults and self.rng.random() < 0.2 and len(self.machines) > 1:
+            n = self.rng.randrange(len(self.machines))
+            step = self.rng.randrange(1, 60)
+            self.send(n, self.rng.choice([PeerSealed(J, zombie, step, (n + 1) % len(self.machines)), Skipped(J, zombie, step, 1)]))
+
+    # --- one event, chosen by chance
+
+    def once(self) -> None:
+        rng = self.rng
+        n = rng.randrange(len(self.machines))
+        m = self.machines[n]
+        r = rng.randrange(self.setup.ranks)
+        dice = rng.random()
+        self.now_s += 0.1
+        slowest = min(rank.step for x in self.machines for rank in x.ranks)
+        if dice < 0.30:
+            if m.ranks[r].step <= slowest:  # ranks of a job are within a step of each other
+                self.begin_step(n, r, torn=rng.random() < 0.03)
+        elif dice < 0.42:
+            if m.ranks[r].filling >= 0:
+                self.flip(n, r)
+        elif dice < 0.64:
+            self.work(n)
+        elif dice < 0.88:
+            if self.links:
+                self.deliver(rng.choice([*self.links]))
+        elif dice < 0.90:
+            if self.late:
+                (a, b), news = self.late.pop(rng.randrange(len(self.late)))
+                self.heard(b, a, news)
+        elif dice < 0.93:
+            if self.links:
+                self.greet(rng.choice([*self.links]))
+        elif dice < 0.95:
+            self.tell(n, r, PersistAsked(J, max(1, m.ranks[r].step - rng.randrange(2))))
+        elif dice < 0.96:
+            self.send(n, Tick())
+        elif dice < 0.972:
+            self.kill_daemon(n) if m.node is not None else self.start_daemon(n)
+        elif dice < 0.99:
+            self.start_daemon(n) if m.node is None else self.rejoin(n, r)
+        elif dice < 0.992:
+            self.new_attempt()
+
+    # --- and then it must go on
+
+    def settle(self) -> None:
+        """Everything that is under way comes to its end."""
+        for _ in range(3000):
+            busy = False
+            for n in range(len(self.machines)):
+                while self.machines[n].work:
+                    self.work(n)
+                    busy = True
+            for link in self.links:
+                while self.links[link]:
+                    self.deliver(link)
+                    busy = True
+            if not busy:
+                return
+        raise Broken("the nodes talk for ever")
+
+    def heal(self) -> None:
+        self.faults = False
+        for n, m in enumerate(self.machines):
+            if m.node is None:
+                self.start_daemon(n)
+            for r in range(self.setup.ranks):
+                self.rejoin(n, r)
+        self.late.clear()
+        for link in self.links:
+            self.greet(link)
+        self.settle()
+        self.now_s += 1000.0
+        for n in range(len(self.machines)):
+            self.send(n, Tick())
+        self.settle()
+
+    def march(self, steps: int) -> None:
+        """All ranks take the same steps, everything arrives."""
+        for _ in range(steps):
+            top = max(rank.step for m in self.machines for rank in m.ranks)
+            for n, m in enumerate(self.machines):
+                for r, rank in enumerate(m.ranks):
+                    if rank.filling >= 0:
+                        self.flip(n, r)
+                    rank.step = top
+                    self.begin_step(n, r)
+                    if rank.filling >= 0:
+                        self.flip(n, r)
+            self.settle()
+
+    def live(self) -> None:
+        self.heal()
+        self.march(1)
+        first = max(rank.step for m in self.machines for rank in m.ranks) + 1
+        self.march(3)
+        committed = [k for k, nodes in self.commits.items() if k[0] == self.attempt and k[1] >= first and len(nodes) == len(self.machines)]
+        if not committed:
+            raise Broken(f"livelock: none of steps {first} to {first + 2} was committed")
+        for n in range(len(self.machines)):
+            self.tell(n, 0, PersistAsked(J, first + 3))
+        self.march(3)
+        if not any(k >= (self.attempt, first + 3) for k in self.done & self.manifests):
+            raise Broken(f"livelock: nothing is persisted any more; {self.done}")
+
+
+def simulate(seed: int, events: int = 350, *, setup: Setup | None = None, machine: type[Node] = Node) -> World:
+    world = World(seed, setup, machine)
+    for _ in range(events):
+        world.once()
+    world.live()
+    return world
+
+
+def replay(seed: int, **options) -> World:
+    try:
+        return simulate(seed, **options)
+    except AssertionError as e:
+        world_setup = Setup.of(random.Random(seed))
+        pytest.fail(f"SIM_SEED={seed} ({options.get('setup') or world_setup}): {type(e).__name__}: {e}", pytrace=True)
+
+
+ONE = os.environ.get("SIM_SEED")
+CHUNKS = 8
+SEEDS = int(os.environ.get("SIM_SEEDS", "480"))
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_sim_promises_hold_under_faults(chunk):
+    seeds = [int(ONE)] if ONE else range(chunk, SEEDS, CHUNKS)
+    commits = persisted = attempts = 0
+    for seed in seeds:
+        world = replay(seed)
+        commits += len(world.commits)
+        persisted += len(world.manifests)
+        attempts += world.attempt
+    print(f"chunk {chunk}: {len(seeds)} seeds, {commits} commits, {persisted} persisted, {attempts} attempts")
+    assert ONE or min(commits, persisted, attempts) > len(seeds), "the simulation must do what it is to test"
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_sim_snapshots_go_on_after_faults(nodes, slots):
+    for seed in [int(ONE)] if ONE else range(1000, 1012):
+        replay(seed, events=250, setup=Setup(nodes, 2, slots, 0.1, 0.1, 0.1))
+
+
+def test_sim_is_a_function_of_its_seed():
+    first, second = simulate(5), simulate(5)
+    assert list(first.trace) == list(second.trace)
+    assert first.commits == second.commits
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_sim_without_faults_every_step_is_committed(slots):
+    world = World(1, Setup(2, 2, slots, 0, 0, 0))
+    world.faults = False
+    world.march(20)
+    assert [k for k, nodes in world.commits.items() if len(nodes) == 2] == [(1, s) for s in range(1, 21)]
+
+
+# --- the simulation finds what it is there to find ------------------------------------------------------------------------------
+
+
+class CommitsAlone(Node):
+    def _commit_if_all(self, job, snapshot, now_s):
+        job.peers_sealed[snapshot.key] = set(range(snapshot.nodes))
+        yield from super()._commit_if_all(job, snapshot, now_s)
+
+
+class ReleasesAtSeal(Node):
+    def _hashed(self, job, e, now_s):
+        yield from super()._hashed(job, e, now_s)
+        if self._state(job, e) == SEALED:
+            for snapshot in [*job.snapshots.values()]:
+                if snapshot.key < (e.attempt, e.step) and snapshot.persist_since_s is None:
+                    yield from self._drop(job, snapshot)
+
+    @staticmethod
+    def _state(job, e):
+        snapshot = job.snapshots.get((e.attempt, e.step))
+        return snapshot.state if snapshot else None
+
+
+class IgnoresDoomed(Node):
+    def _filled(self, job, e, now_s):
+        job.doomed.clear()
+        yield from super()._filled(job, e, now_s)
+
+    def _is_lost(self, job, key):
+        return False
+
+
+class ReleasesWhilePersisting(Node):
+    def _drop_superseded(self, job, now_s):
+        for snapshot in [*job.snapshots.values()]:
+            if self._obsolete(job, snapshot.key):
+                yield from self._drop(job, snapshot)
+
+
+class ForgetsPersistSince(Node):
+    def _end_persist(self, job, key, now_s, *, done):
+        snapshot = job.snapshots.get(key)
+        since_s = snapshot.persist_since_s if snapshot else None
+        yield from super()._end_persist(job, key, now_s, done=done)
+        if key in job.snapshots:
+            job.snapshots[key].persist_since_s = since_s
+
+    def _expire(self, job, now_s):
+        yield from ()
+
+
+class AcceptsOldAttempts(Node):
+    def _peer_sealed(self, job, e, now_s):
+        attempt, job.attempt = job.attempt, min(job.attempt, e.attempt)
+        yield from super()._peer_sealed(job, e, now_s)
+        job.attempt = attempt
+
+
+class SuccessorReleasesIncomplete(Node):
+    def _attempt_began(self, job, e, now_s):
+        newer = e.attempt > job.attempt
+        yield from super()._attempt_began(job, e, now_s)
+        for snapshot in [*job.snapshots.values()] if newer else ():
+            if snapshot.attempt < e.attempt and len(snapshot.images) < snapshot.local_count:
+                yield from self._drop(job, snapshot)
+
+
+class GreetsWithSealsOnly(Node):
+    def greeting(self, name):
+        return [(key, what) for key, what in super().greeting(name) if what == "sealed"]
+
+    def _is_lost(self, job, key):
+        return False
+
+
+class EachNodeChoosesWhatToPersist(Node):
+    def _persist_asked(self, job, e, now_s):
+        number, job.node = job.node, 0
+        yield from super()._persist_asked(job, e, now_s)
+        job.node = number
+
+    def _persist_told(self, job, e, now_s):
+        yield from ()
+
+
+class ManifestWithoutTheOthers(Node):
+    def _images_written(self, job, e, now_s):
+        snapshot = job.snapshots.get((e.attempt, e.step))
+        if snapshot is not None:
+            snapshot.written |= set(range(1, snapshot.nodes)) - {snapshot.node}
+        yield from super()._images_written(job, e, now_s)
+
+
+class ReleasesTwice(Node):
+    def _drop(self, job, snapshot):
+        gone = [*super()._drop(job, snapshot)]
+        yield from gone
+        if snapshot.step % 3 == 0:
+            yield from gone
+
+
+class ForgetsTheChoice(Node):
+    def _take_choice(self, job, snapshot):
+        pass
+
+    def _obsolete(self, job, key):
+        return (key[0] < job.attempt and job.decided == job.attempt) or super()._obsolete(job, key)
+
+
+class SealsBeforeAllRanks(Node):
+    def _hashed(self, job, e, now_s):
+        snapshot = job.snapshots.get((e.attempt, e.step))
+        if snapshot is not None:
+            snapshot.local_count = len(snapshot.images)
+        yield from super()._hashed(job, e, now_s)
+
+
+BUGS = [
+    CommitsAlone, ReleasesAtSeal, IgnoresDoomed, ReleasesWhilePersisting, ForgetsPersistSince, AcceptsOldAttempts, SuccessorReleasesIncomplete,
+    GreetsWithSealsOnly, EachNodeChoosesWhatToPersist, ManifestWithoutTheOthers, ReleasesTwice, ForgetsTheChoice, SealsBeforeAllRanks,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_sim_finds_planted_bugs(bug):
+    for seed in range(200):
+        try:
+            simulate(seed, machine=bug)
+        except AssertionError as e:
+            print(f"{bug.__name__}: seed {seed}: {str(e)[:100]}")
+            return
+    pytest.fail(f"200 seeds did not find {bug.__name__}")
