@@ -122,8 +122,15 @@ class CpuCopier:
                     copy_batch(places, sources)
             torn = capture.torn()
         finally:
-            capture.done.set()
+            self._settle(capture, torn)
+
+    @staticmethod
+    def _settle(capture: Capture, torn: list[str]) -> None:
+        """Flip the slot before the fence opens: once an update has begun, the step before it is safe."""
+        try:
             capture.finish(torn)
+        finally:
+            capture.done.set()
 
 
 class CudaCopier:

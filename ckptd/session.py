@@ -604,7 +604,7 @@ class Session:
 
     # --- restore ------------------------------------------------------------------------------------------------------------
 
-    def restore(self, *, step: int | None = None, strict: bool = True, fresh: bool = False, timeout_s: float = 600.0) -> Restored:
+    def restore(self, *, step: int | None = None, strict: bool = True, fresh: bool = False, timeout_s: float = 120.0) -> Restored:
         """Fill model, optimizers and extras from the newest step that can be had, the same on all ranks. Collective.
 
         `step`: this one and no other. `fresh`: start from scratch although snapshots exist. `strict=False`: leave missing keys as they are.

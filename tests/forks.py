@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,7 @@ def _child(rank: int, count: int, port: int, work: Callable[[int], Any], write: 
         import torch.distributed as dist
 
         torch.set_num_threads(1)
+        warnings.simplefilter("ignore")  # torch's own, in the code under its wrappers; pytest's "error" is for ours
         if count > 1:
             dist.init_process_group("gloo")
         answer = {"result": work(rank)}
