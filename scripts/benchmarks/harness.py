@@ -10,7 +10,7 @@ As a program (`python -m benchmarks.harness MODULE:FUNCTION ARGUMENTS RESULT`) t
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import gc
 import importlib
 import json
@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[2]
 END_S = 10.0
@@ -125,7 +125,7 @@ class Bench:
     notes: list[str] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> Self:
         self.machine = machine()
         self.began_s = time.monotonic()
         self.directory = Path(tempfile.mkdtemp(prefix=f"ckptd-bench-{self.name}-"))
@@ -139,9 +139,10 @@ class Bench:
 
     def text(self) -> str:
         m = self.machine
+        where = f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, Linux {m['kernel']}, torch {m['torch']}"
+        when = f"load {m['load_at_start'][0]:.1f} at start, {m['date']}, {time.monotonic() - self.began_s:.0f} s"
         parts = [
-            f"{self.command}\n{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB, Linux {m['kernel']}, torch {m['torch']}, "
-            f"load {m['load_at_start'][0]:.1f} at start, {m['date']}, {time.monotonic() - self.began_s:.0f} s",
+            f"{self.command}\n{where}, {when}",
             *(t.text() for t in self.tables),
             "\n".join(self.notes),
             "aims" + " (quick: looser)" * self.quick + "\n" + "\n".join(aim.line() for aim in self.aims),
@@ -169,7 +170,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "load_at_start": os.getloadavg(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -197,7 +198,8 @@ def daemon(directory: Path) -> Iterator[subprocess.Popen[Any]]:
         until_s = time.monotonic() + 30
         while not (directory / "daemon.sock").exists():
             if process.poll() is not None or time.monotonic() > until_s:
-                raise RuntimeError("no daemon came up:\n" + (directory / "log").read_text()[-2000:])
+                msg = "no daemon came up:\n" + (directory / "log").read_text()[-2000:]
+                raise RuntimeError(msg)
             time.sleep(0.02)
         yield process
     finally:
@@ -232,7 +234,8 @@ def ranks(target: str, arguments: dict[str, Any], *, world: int, directory: Path
         wrong = [r for r, p in enumerate(processes) if p.poll() != 0]
         if wrong:
             tails = "\n".join(f"--- rank {r}: {processes[r].poll()}\n{logs[r].read_text(errors='replace')[-3000:]}" for r in wrong)
-            raise RuntimeError(f"{target}: ranks {wrong} of {world} did not end well in {timeout_s:.0f} s\n{tails}")
+            msg = f"{target}: ranks {wrong} of {world} did not end well in {timeout_s:.0f} s\n{tails}"
+            raise RuntimeError(msg)
     finally:
         for p in processes:
             end(p)

@@ -90,7 +90,7 @@ class Memcpy:
     def __call__(self) -> None:
         import torch
 
-        torch._foreach_copy_(self.tensors, self.sources)  # noqa: SLF001  as ckptd.restore
+        torch._foreach_copy_(self.tensors, self.sources)
 
 
 def attach(model: Any, optimizer: Any, **more: Any) -> Any:
@@ -112,8 +112,6 @@ def hold(*, gpt: dict[str, Any]) -> dict[str, Any]:
 
 def back(*, gpt: dict[str, Any], stepped: bool, rounds: int) -> list[dict[str, float]]:
     """The only rank, again: restore `rounds` times, each beside memcpy. Dies without closing, so that the next finds what this one found."""
-    import torch
-
     model, optimizer = trained(gpt, stepped=stepped)
     phases = Phases()
     found = []
@@ -121,7 +119,7 @@ def back(*, gpt: dict[str, Any], stepped: bool, rounds: int) -> list[dict[str, f
     if memcpy is not None:
         memcpy()
     session = None
-    for turn in range(rounds):
+    for _ in range(rounds):
         if session is not None:
             session.close()
         began_s = time.perf_counter()
@@ -137,8 +135,6 @@ def back(*, gpt: dict[str, Any], stepped: bool, rounds: int) -> list[dict[str, f
             memcpy()
         row |= {"restore_s": restored.seconds, "memcpy_s": sum([*before_s, harness.timed(memcpy)]) / (len(before_s) + 1), "bytes": restored.bytes}
         found.append(row | {f"{k}_s": v for k, v in phases.seconds.items()})
-    if torch.distributed.get_world_size() != 1:
-        raise RuntimeError("one rank only")
     return found
 
 
@@ -200,7 +196,7 @@ def reshard(*, gpt: dict[str, Any], store: str, dcp_path: str, rounds: int, cold
 
     def forget() -> None:
         """Zeros, and the page cache as this turn wants it."""
-        torch._foreach_zero_([*tensors.values()])  # noqa: SLF001
+        torch._foreach_zero_([*tensors.values()])
         dist.barrier()
         if dist.get_rank() == 0:
             cache([store, dcp_path], warm=not is_cold)
@@ -209,7 +205,7 @@ def reshard(*, gpt: dict[str, Any], store: str, dcp_path: str, rounds: int, cold
     found, hashes = [], set()
     cases = [(name, c) for c in (False, True)[: 1 + cold] for name in ("ckptd", "dcp")]
     for turn in range(rounds + 1):  # the first one warms up
-        for name, is_cold in harness.rotated(cases, turn):  # noqa: B007  `forget` reads it
+        for name, is_cold in harness.rotated(cases, turn):
             with harness.no_collector():
                 row = with_ckptd() if name == "ckptd" else with_dcp()
             tensors = tensors_of(model, optimizer)
@@ -217,7 +213,8 @@ def reshard(*, gpt: dict[str, Any], store: str, dcp_path: str, rounds: int, cold
             if turn:
                 found.append({"case": name, "cold": is_cold, "turn": turn, **{k: slowest(v) for k, v in row.items()}})
     if len(hashes) != 1:
-        raise RuntimeError("the two did not load the same state")
+        msg = "the two did not load the same state"
+        raise RuntimeError(msg)
     return found
 
 

@@ -60,7 +60,8 @@ class Ckptd(Case):
 
     def drain(self) -> None:
         if not self.session.wait("committed", timeout_s=60):
-            raise RuntimeError(f"the last snapshot of a block was not committed: {self.session.status()}")
+            msg = f"the last snapshot of a block was not committed: {self.session.status()}"
+            raise RuntimeError(msg)
 
 
 class Copy(Case):
@@ -78,7 +79,7 @@ class Copy(Case):
         for t in tensors:
             self.places.append(base[at : at + t.nbytes].view(t.dtype).view(t.shape))
             at += -(-t.nbytes // 64) * 64
-        self.copy = torch._foreach_copy_  # noqa: SLF001  as ckptd.capture
+        self.copy = torch._foreach_copy_
         self.copy(self.places, tensors)
 
     def save(self, step: int) -> None:  # noqa: ARG002

@@ -144,7 +144,7 @@ def test_a_daemon_that_is_stopped_at_attach(place):
     ("kind", "patch"),
     [
         ("full", "ckptd.arena.room = lambda: ckptd.arena.Room(300 << 20, 'a test')"),
-        ("slow", "real = ckptd.daemon.seal_slot\ndef slow(*a):\n    time.sleep(1.0)\n    real(*a)\nckptd.daemon.seal_slot = slow"),
+        ("slow", "real = ckptd.daemon.make_seal\ndef slow(*a):\n    time.sleep(1.0)\n    return real(*a)\nckptd.daemon.make_seal = slow"),
     ],
 )
 def test_a_daemon_that_is_full_or_slow(kind, patch, place):
