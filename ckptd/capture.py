@@ -28,13 +28,21 @@ BATCH_BYTES = 64 << 20
 """Copied in one call: a few milliseconds, so that a fence or a close never waits for more than it needs."""
 
 
+Batch = tuple[list[Tensor], list[Tensor]]
+"""Places and sources that are copied in one call."""
+
+
 @dataclass(eq=False, slots=True)
 class Capture:
-    """One snapshot being copied: live sources and their places in the slot. `finish(torn names)` is called once, from the copier's thread."""
+    """One snapshot being copied: live sources and their places in the slot. `finish(torn names)` is called once, from the copier's thread.
+
+    `cut`: the same tensors in batches, prepared ahead: the copier's thread then holds the GIL for microseconds.
+    """
 
     sources: Sequence[Tensor]
     places: Sequence[Tensor]
     names: Sequence[str]
+    cut: Sequence[Batch]
     finish: Callable[[list[str]], None]
     paranoid: bool = False
     versions: list[int] = field(default_factory=list)
@@ -44,13 +52,13 @@ class Capture:
 
     def arm(self) -> None:
         """Note what the guard compares with; on the trainer's thread, before it goes on."""
-        self.versions = [t._version for t in self.sources]  # noqa: SLF001  the version counter has no public name
+        self.versions = [t._version for t in self.sources]
         if self.paranoid:
             self.digests = [hash_of(t) for t in self.sources]
 
     def torn(self) -> list[str]:
         """Names of the tensors that changed since `arm`."""
-        moved = {n for n, t, v in zip(self.names, self.sources, self.versions, strict=True) if t._version != v}  # noqa: SLF001
+        moved = {n for n, t, v in zip(self.names, self.sources, self.versions, strict=True) if t._version != v}
         if self.paranoid:
             moved |= {n for n, t, d in zip(self.names, self.sources, self.digests, strict=True) if hash_of(t) != d}
         return sorted(moved)
@@ -59,17 +67,17 @@ class Capture:
 def hash_of(tensor: Tensor) -> int:
     """xxh3-64 of a tensor's elements."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return xxhash.xxh3_64_intdigest(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+    return xxhash.xxh3_64_intdigest(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0
 
 
-def copy_batch(places: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def copy_batch(places: list[Tensor], sources: list[Tensor]) -> None:
     """Copy tensors into their places; one call, so that the GIL is given up once."""
     if places:
-        torch._foreach_copy_(list(places), list(sources))
+        torch._foreach_copy_(places, sources)
 
 
-def batches(places: Sequence[Tensor], sources: Sequence[Tensor], batch_bytes: int) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Cut parallel lists into batches of about `batch_bytes`."""
+def batches(places: Sequence[Tensor], sources: Sequence[Tensor], batch_bytes: int = BATCH_BYTES) -> list[Batch]:
+    """Cut parallel lists into batches of about `batch_bytes`; 0: one tensor each."""
     out: list[tuple[list[Tensor], list[Tensor]]] = []
     room = 0
     for place, source in zip(places, sources, strict=True):
@@ -86,7 +94,6 @@ class CpuCopier:
     """A thread that copies host tensors. At most one capture is in flight: the fence sees to it."""
 
     def __init__(self) -> None:
-        self.batch_bytes = BATCH_BYTES
         self._queue: queue.SimpleQueue[Capture | None] = queue.SimpleQueue()
         self._current: Capture | None = None
         self._thread = threading.Thread(target=self._run, name="ckptd-copier", daemon=True)
@@ -118,7 +125,7 @@ class CpuCopier:
         torn = ["the copy itself failed"]
         try:
             with torch.no_grad():
-                for places, sources in batches(capture.places, capture.sources, self.batch_bytes):
+                for places, sources in capture.cut:
                     copy_batch(places, sources)
             torn = capture.torn()
         finally:

@@ -184,7 +184,7 @@ class Daemon:
         finally:
             os.umask(old)
         listener.listen(128)
-        listener.setblocking(False)  # noqa: FBT003  the socket module's own signature
+        listener.setblocking(False)
         temporary.rename(path)
         return listener
 

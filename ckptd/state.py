@@ -170,7 +170,7 @@ def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
     """(canonical prefix, module), wrappers removed, every path (also second paths to one module: tied weights)."""
     yield prefix, module
     inside_ddp = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    for name, child in module._modules.items():  # noqa: SLF001  named_modules drops second paths and cannot skip wrappers
+    for name, child in module._modules.items():
         if child is not None:
             skip = name in WRAPPERS or (inside_ddp and name == "module")
             yield from _modules(child, prefix if skip else f"{prefix}{name}.")
@@ -194,19 +194,19 @@ def model_state(models: Iterable[tuple[str, nn.Module]], local: Sequence[str]) -
     first: dict[int, str] = {}
     for prefix, model in models:
         for path, module in _modules(model):
-            for attr, param in module._parameters.items():  # noqa: SLF001  as above
+            for attr, param in module._parameters.items():
                 if param is not None:
-                    _add(out, first, f"{prefix}{path}{attr}", module._parameters, attr, buffer=False, local=local)  # noqa: SLF001
-            for attr, buffer in module._buffers.items():  # noqa: SLF001
-                if buffer is not None and attr not in module._non_persistent_buffers_set:  # noqa: SLF001
-                    _add(out, first, f"{prefix}{path}{attr}", module._buffers, attr, buffer=True, local=local)  # noqa: SLF001
+                    _add(out, first, f"{prefix}{path}{attr}", module._parameters, attr, buffer=False, local=local)
+            for attr, buffer in module._buffers.items():
+                if buffer is not None and attr not in module._non_persistent_buffers_set:
+                    _add(out, first, f"{prefix}{path}{attr}", module._buffers, attr, buffer=True, local=local)
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 name = f"model.{prefix}{path}_extra_state"
                 out.objects.append(Obj(name, "same", module.get_extra_state, module.set_extra_state, module))
     return out
 
 
-def _add(  # noqa: PLR0913  one call site, and every argument is a fact about the tensor
+def _add(
     out: ModelState, first: dict[int, str], fqn: str, where: Mapping[str, Any], attr: str, *, buffer: bool, local: Sequence[str]
 ) -> None:
     tensor: Tensor = where[attr]
@@ -247,11 +247,11 @@ def predict(optimizer: Optimizer) -> dict[int, dict[str, tuple[torch.dtype, Shap
                     pairs.append((p, meta))
                 metas.append(meta)
             plain = {k: (float(v) if isinstance(v, Tensor) and v.numel() == 1 else v) for k, v in group.items()}
-            fixed = {k: False for k in ("foreach", "fused", "capturable") if k in group}
+            fixed: dict[str, Any] = dict.fromkeys({"foreach", "fused", "capturable"} & set(group), False)
             groups.append({**plain, **fixed, "params": metas})
         twin.param_groups = groups
         type(optimizer).step(twin)
-    except Exception:  # noqa: BLE001  any optimizer may object to being asked; then its state is learned from its first step
+    except Exception:
         return None
     found: dict[int, dict[str, tuple[torch.dtype, Shape]]] = {}
     for p, meta in pairs:
@@ -311,8 +311,8 @@ def optimizer_state(prefix: str, optimizer: Optimizer, fqns: Mapping[int, str]) 
     return out
 
 
-def _state_leaf(  # noqa: PLR0913  one call site, and every argument is a fact about the tensor
-    name: str, optimizer: Optimizer, p: Tensor, slot: str, dtype: torch.dtype, like_param: bool, live: Tensor | None  # noqa: FBT001
+def _state_leaf(
+    name: str, optimizer: Optimizer, p: Tensor, slot: str, dtype: torch.dtype, like_param: bool, live: Tensor | None
 ) -> Leaf:
     def resolve() -> Tensor | None:
         return optimizer.state[p].get(slot) if p in optimizer.state else None
@@ -401,7 +401,7 @@ def rng_objects() -> list[Obj]:
     """The random states that a training step draws from: python, numpy, torch on the CPU and on this process's CUDA device."""
     objects = [
         Obj("rng.python", "rng", _get_python, _set_python),
-        Obj("rng.numpy", "rng", lambda: np.random.get_state(legacy=False), np.random.set_state),  # noqa: NPY002  the global state is what users draw from
+        Obj("rng.numpy", "rng", lambda: np.random.get_state(legacy=False), np.random.set_state),
         Obj("rng.torch", "rng", torch.get_rng_state, torch.set_rng_state),
     ]
     if torch.cuda.is_available():
@@ -423,7 +423,7 @@ def _set_python(state: Any) -> None:
 def reseed(seed: int) -> None:
     """Deterministic new random states, for a rank that has no predecessor on a changed mesh."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  the global state is what users draw from
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -431,7 +431,7 @@ def extra_object(name: str, value: Any) -> Obj:
     """How an entry of `extras` is read and written back. Raises Unstorable, with its path, for what has no state that can be had."""
     path = f"extras.{name}"
     if isinstance(value, torch.Generator):
-        return Obj(path, "rng", value.get_state, value.set_state, value)
+        return Obj(path, "rng", value.get_state, lambda s: _ignore(value.set_state(s)), value)
     if isinstance(value, random.Random):
         return Obj(path, "rng", value.getstate, value.setstate, value)
     if isinstance(value, np.random.Generator):
@@ -447,6 +447,10 @@ def extra_object(name: str, value: Any) -> Obj:
     kind = type(value)
     msg = f"{path}: {kind.__module__}.{kind.__qualname__} has no state_dict()/load_state_dict(), and is neither dict, list nor generator"
     raise Unstorable(msg, remedy="wrap it in an object with state_dict and load_state_dict, or keep it in a dict")
+
+
+def _ignore(_result: object) -> None:
+    """A setter that returns something, as one that does not."""
 
 
 def _refill(target: dict[Any, Any], value: Mapping[Any, Any]) -> None:

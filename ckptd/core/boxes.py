@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 from ckptd.errors import NotTiled
@@ -78,7 +79,7 @@ class Box:
                 (*self.start[:dim], self.start[dim] + a, *self.start[dim + 1 :]),
                 (*self.extent[:dim], b - a, *self.extent[dim + 1 :]),
             )
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in pairwise(cuts)
         ]
 
     def __str__(self) -> str:

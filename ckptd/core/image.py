@@ -125,7 +125,7 @@ class Layout:
         return room.to_bytes(8, "little") + text.ljust(room)
 
 
-def lay_out(  # noqa: PLR0913  the arguments are the image's own fields
+def lay_out(
     pieces: Iterable[Piece],
     *,
     job: str,

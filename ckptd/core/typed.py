@@ -32,7 +32,7 @@ import numpy as np
 
 from ckptd.errors import BadImage, Unstorable
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 PutArray: TypeAlias = Callable[[str, Any], "tuple[str, str] | None"]
 """(path, value) -> (kind, reference) if the value is an array, else None."""
 GetArray: TypeAlias = Callable[[str, str], Any]
@@ -48,7 +48,7 @@ _NP_DTYPE = re.compile(r"[<>|](?:[biufcV][1-9][0-9]{0,5}|[mM]8(?:\[[0-9]{0,9}[A-
 """What `dtype.str` of a scalar looks like; numpy's own reader also takes expressions."""
 
 
-def encode(value: Any, path: str, put_array: PutArray) -> Json:  # noqa: C901, PLR0911, PLR0912  a flat dispatch over the closed list reads best in one place
+def encode(value: Any, path: str, put_array: PutArray) -> Json:
     """The JSON of `value`. Raises Unstorable with the path and type of the first value outside the closed list."""
     depth = path.count("\x00")
     if depth > DEPTH_MAX:
@@ -56,7 +56,7 @@ def encode(value: Any, path: str, put_array: PutArray) -> Json:  # noqa: C901, P
         raise Unstorable(msg, remedy="is there a cycle in this object?")
 
     def sub(item: Any, key: object) -> Json:
-        return encode(item, f"{path}\x00{_label(key)}", put_array)
+        return item if _is_plain(item) else encode(item, f"{path}\x00{_label(key)}", put_array)
 
     kind = type(value)
     if value is None or kind is bool:
@@ -132,7 +132,7 @@ def _decode(json: Json, get_array: GetArray, depth: int) -> Any:
     return _decode_tagged(tag, json[tag], get_array, depth + 1)
 
 
-def _decode_tagged(tag: str, payload: Any, get_array: GetArray, depth: int) -> Any:
+def _decode_tagged(tag: str, payload: Any, get_array: GetArray, depth: int) -> Any:  # noqa: PLR0911  one return per tag
     if tag in _SEQUENCES:
         return _SEQUENCES[tag](_decode(v, get_array, depth) for v in _listed(payload))
     if tag in _MAPPINGS:
@@ -190,6 +190,14 @@ def _text(payload: Any) -> str:
     return payload
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value stands for itself, told quickly: most of what a step's objects hold."""
+    kind = type(value)
+    if kind is str:
+        return bool(value.isascii())
+    return kind is bool or value is None or (kind is float and math.isfinite(value)) or (kind is int and -_INT_MAX <= value <= _INT_MAX)
+
+
 def _is_unicode(text: str) -> bool:
     """Whether UTF-8 can say it: no lone surrogate."""
     try:
@@ -203,7 +211,7 @@ def _label(key: object) -> str:
     """A key, an index or an item as part of a path. Never fails, and never looks like two parts."""
     try:
         text = key if isinstance(key, str) else repr(key)
-    except Exception:  # noqa: BLE001  a stranger's __repr__ may raise anything; the refusal must still name the place
+    except Exception:
         text = f"<{type(key).__qualname__}>"
     return text.replace("\x00", "\\0")
 

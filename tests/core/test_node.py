@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from ckptd.core import node as N
 from ckptd.core.ladder import rungs
 from ckptd.core.node import (
     COMMITTED,

@@ -54,6 +54,9 @@ TENSOR = "rng.torch"
 """An object that is a torch tensor: its bytes lie in the image as those of an array do."""
 
 
+FLAT = np.arange(12, dtype="<i2").reshape(3, 4)
+
+
 def whole(name: str, dtype: str, shape: tuple[int, ...], data: bytes, view: str = "") -> tuple[Piece, bytes]:
     return Piece(name, dtype, shape, Box.whole(shape), view), data
 
@@ -65,18 +68,13 @@ def pieces_of(rank: int) -> list[tuple[Piece, bytes]]:
     cut = weight[rows.start[0] : rows.stop[0]].tobytes()
     out = [(Piece(name, "F32", (7, 3), rows), cut) for name in ("model.embed.weight", "model.head.weight")]
     if rank == 0:
-        flat = np.arange(12, dtype="<i2").reshape(3, 4)  # elements 2 to 9 of the flattened tensor: three boxes, one of two rows' length
-        for box in (Box((0, 2), (1, 2)), Box((1, 0), (1, 4)), Box((2, 0), (1, 2))):
-            part = flat[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
-            out.append((Piece("model.flat", "I16", (3, 4), box), part.tobytes()))
+        out.append((Piece("model.flat", "I16", (3, 4), Box((0, 0), (2, 4))), FLAT[:2].tobytes()))  # elements 0 to 9: two boxes
+        out.append((Piece("model.flat", "I16", (3, 4), Box((2, 0), (1, 2))), FLAT[2, :2].tobytes()))
         out.append(whole("model.flat#1", "I8", (1,), b"\x2a"))  # called like the key of a further box
         out.append(whole("model.none", "F32", (0, 3), b""))
         out.append(whole("model.bn.running_mean", "F32", (2,), np.array([1, 2], "<f4").tobytes()))
     else:
-        flat = np.arange(12, dtype="<i2").reshape(3, 4)
-        for box in (Box((0, 0), (1, 2)), Box((2, 2), (1, 2))):
-            part = flat[tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))]
-            out.append((Piece("model.flat", "I16", (3, 4), box), part.tobytes()))
+        out.append((Piece("model.flat", "I16", (3, 4), Box((2, 2), (1, 2))), FLAT[2, 2:].tobytes()))
         out.append(whole("model.bn.running_mean@r1", "F32", (2,), np.array([3, 4], "<f4").tobytes()))
         out.append(whole("optim.state.embed.weight.step", "F32", (), np.array(12, "<f4").tobytes()))
         for number, (dtype, item) in enumerate(ITEM_BYTES.items()):
