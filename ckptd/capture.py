@@ -52,13 +52,13 @@ class Capture:
 
     def arm(self) -> None:
         """Note what the guard compares with; on the trainer's thread, before it goes on."""
-        self.versions = [t._version for t in self.sources]
+        self.versions = [t._version for t in self.sources]  # noqa: SLF001  the version counter has no public name
         if self.paranoid:
             self.digests = [hash_of(t) for t in self.sources]
 
     def torn(self) -> list[str]:
         """Names of the tensors that changed since `arm`."""
-        moved = {n for n, t, v in zip(self.names, self.sources, self.versions, strict=True) if t._version != v}
+        moved = {n for n, t, v in zip(self.names, self.sources, self.versions, strict=True) if t._version != v}  # noqa: SLF001
         if self.paranoid:
             moved |= {n for n, t, d in zip(self.names, self.sources, self.digests, strict=True) if hash_of(t) != d}
         return sorted(moved)
@@ -67,7 +67,7 @@ class Capture:
 def hash_of(tensor: Tensor) -> int:
     """xxh3-64 of a tensor's elements."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return xxhash.xxh3_64_intdigest(memoryview(flat.view(torch.uint8).numpy())) if flat.numel() else 0
+    return xxhash.xxh3_64_intdigest(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def copy_batch(places: list[Tensor], sources: list[Tensor]) -> None:

@@ -34,7 +34,7 @@ def socket_path(directory: str | None = None) -> Path:
     base = directory or env.get("CKPTD_DIR") or env.get("RUNTIME_DIRECTORY", "").split(":")[0]
     if not base:
         runtime = env.get("XDG_RUNTIME_DIR")
-        base = f"{runtime}/ckptd" if runtime else f"/tmp/ckptd-{os.getuid()}"
+        base = f"{runtime}/ckptd" if runtime else f"/tmp/ckptd-{os.getuid()}"  # noqa: S108  0700 and owner are checked
     return Path(base) / "daemon.sock"
 
 
@@ -65,7 +65,7 @@ class Pipe:
     """Framing over a non-blocking socket: the part that loop and thread share."""
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
+        sock.setblocking(False)  # noqa: FBT003  the socket module's own signature
         self.sock = sock
         self._framer = wire.Framer("local")
         self._fds: deque[int] = deque()

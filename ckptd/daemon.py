@@ -36,6 +36,7 @@ from typing import Any
 from ckptd import __version__, arena, notify, peers
 from ckptd.channel import Channel, Pipe, peer_of, pidfd_of, private_directory, socket_path
 from ckptd.core import checksum, node, slots, wire
+from ckptd.core.ladder import Key
 from ckptd.core.manifest import build_index
 from ckptd.core.retention import Retention
 from ckptd.errors import BadArgument, CkptdError, NotFound
@@ -111,7 +112,7 @@ class Daemon:
         self.clients: set[Client] = set()
         self.parted: set[Client] = set()
         """Ranks whose connection ended and whose process lives: their memory is still theirs."""
-        self.ahead: dict[str, tuple[int, node.Key | None]] = {}
+        self.ahead: dict[str, tuple[int, Key | None]] = {}
         self.guests: dict[tuple[str, int, int, int], Guest] = {}
         self.tiers: dict[str, Tier] = {}
         self.written: dict[tuple[str, int, int], dict[int, bytes]] = {}
@@ -184,7 +185,7 @@ class Daemon:
         finally:
             os.umask(old)
         listener.listen(128)
-        listener.setblocking(False)
+        listener.setblocking(False)  # noqa: FBT003  the socket module's own signature
         temporary.rename(path)
         return listener
 
@@ -473,9 +474,9 @@ class Daemon:
         )
         await self._in_pool(made.populate)
         self.arenas.add(made)
-        for client in self.clients:
-            if client.role == "keeper" and client.job == m.job:
-                client.channel.send(wire.Kept(arena=made.name), made.fd)
+        for keeper in self.clients:
+            if keeper.role == "keeper" and keeper.job == m.job:
+                keeper.channel.send(wire.Kept(arena=made.name), made.fd)
         note = "" if allowed == m.slots else f"{allowed} slots instead of {m.slots}: memory is short"
         return made, note
 

@@ -318,7 +318,7 @@ def run(args: argparse.Namespace) -> int:
         launcher_api.elastic_launch(config=config, entrypoint=command)(*command_args)
         finished = True
     except ChildFailedError as e:
-        log.error("%s", e)
+        log.error("%s", e)  # noqa: TRY400  the traceback is the worker's, and is in the message
         return _status_of(e)
     except elastic_processes.SignalException as e:
         return 128 + int(e.sigval)

@@ -112,7 +112,7 @@ def meeting_of(group: Any = None) -> Meeting:
         return Alone()
     if dist.get_world_size(group) == 1:
         return Alone()
-    store = dist.distributed_c10d._get_default_store()
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  the group's store has no public name
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     prefix = dist.distributed_c10d.PrefixStore(f"ckptd/{restart}/{next(_meetings)}", store)
     return StoreMeeting(prefix, dist.get_rank(group), dist.get_world_size(group))

@@ -49,7 +49,7 @@ def handed_fds() -> Iterator[tuple[str, int]]:
         return
     for i in range(int(count)):
         fd = FIRST_FD + i
-        os.set_inheritable(fd, False)
+        os.set_inheritable(fd, False)  # noqa: FBT003  os's own signature
         yield (names[i] if i < len(names) else ""), fd
 
 

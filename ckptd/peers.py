@@ -236,7 +236,7 @@ class _Link:
             pause_s = min(2 * pause_s, RETRY_S[1])
 
     async def _talk(self, writer: asyncio.StreamWriter) -> None:
-        local = self._peers._local
+        local = self._peers._local  # noqa: SLF001  a link is a part of Peers
         await _send(
             writer, wire.PeerHello(job=self.job, attempt=self.attempt, node=self.node, address=self._peers.address)
         )

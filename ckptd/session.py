@@ -816,7 +816,7 @@ def _pointer(tensor: Tensor | None) -> int:
     """Where the local bytes are. (`to_local` would be the public way to a shard; it costs 20 us, for every tensor in every step.)"""
     if tensor is None:
         return 0
-    return tensor._local_tensor.data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
+    return tensor._local_tensor.data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()  # noqa: SLF001
 
 
 def _in_leaf(box: Box, leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -846,7 +846,7 @@ class _Work:
         if not strict:
             self._leaves = [leaf for name, leaf in named if name in index.tensors]
         self.wants = [Want(self._saved_name(leaf), leaf.dtype, leaf.shape, leaf.box, leaf.view) for leaf in self._leaves]
-        known = session._declared_names | {o.name for o in session.objects}
+        known = session._declared_names | {o.name for o in session.objects}  # noqa: SLF001  a part of the session
         saved = {re.sub(r"@r\d+$", "", n) for n in index.tensors if not n.startswith("object/")}
         saved |= {n for n in index.images[0].objects if n != "absent" and not n.startswith("rng.")}
         self.unexpected = sorted(saved - known - self._absent)
@@ -964,7 +964,7 @@ def _without_rank(value: Any) -> Any:
 # --- attach -----------------------------------------------------------------------------------------------------------------
 
 
-def attach(
+def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
     *,
     model: ModelArg,
     optimizer: OptimizerArg | None = None,
@@ -1012,7 +1012,7 @@ def attach(
         timeout_s=timeout_s,
     )
     session = Session(chosen, _by_prefix(model, nn.Module), _by_prefix(optimizer, Optimizer), dict(extras or {}), meeting_of(group))
-    session._attach()
+    session._attach()  # noqa: SLF001  the constructor only keeps; this is its other half
     return session
 
 

@@ -92,7 +92,7 @@ def become(argv: list[str]) -> None:
     module.__dict__.update({"__file__": str(script), "__builtins__": __builtins__, "__spec__": None})
     sys.modules["__main__"] = module
     code = compile(script.read_bytes(), str(script), "exec")
-    exec(code, module.__dict__)
+    exec(code, module.__dict__)  # noqa: S102  this is what starting a script means
 
 
 if __name__ == "__main__":

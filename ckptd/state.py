@@ -170,7 +170,7 @@ def _modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
     """(canonical prefix, module), wrappers removed, every path (also second paths to one module: tied weights)."""
     yield prefix, module
     inside_ddp = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
-    for name, child in module._modules.items():
+    for name, child in module._modules.items():  # noqa: SLF001  named_modules drops second paths and cannot skip wrappers
         if child is not None:
             skip = name in WRAPPERS or (inside_ddp and name == "module")
             yield from _modules(child, prefix if skip else f"{prefix}{name}.")
@@ -194,12 +194,12 @@ def model_state(models: Iterable[tuple[str, nn.Module]], local: Sequence[str]) -
     first: dict[int, str] = {}
     for prefix, model in models:
         for path, module in _modules(model):
-            for attr, param in module._parameters.items():
+            for attr, param in module._parameters.items():  # noqa: SLF001  as above
                 if param is not None:
-                    _add(out, first, f"{prefix}{path}{attr}", module._parameters, attr, buffer=False, local=local)
-            for attr, buffer in module._buffers.items():
-                if buffer is not None and attr not in module._non_persistent_buffers_set:
-                    _add(out, first, f"{prefix}{path}{attr}", module._buffers, attr, buffer=True, local=local)
+                    _add(out, first, f"{prefix}{path}{attr}", module._parameters, attr, buffer=False, local=local)  # noqa: SLF001
+            for attr, buffer in module._buffers.items():  # noqa: SLF001
+                if buffer is not None and attr not in module._non_persistent_buffers_set:  # noqa: SLF001
+                    _add(out, first, f"{prefix}{path}{attr}", module._buffers, attr, buffer=True, local=local)  # noqa: SLF001
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 name = f"model.{prefix}{path}_extra_state"
                 out.objects.append(Obj(name, "same", module.get_extra_state, module.set_extra_state, module))
@@ -251,7 +251,7 @@ def predict(optimizer: Optimizer) -> dict[int, dict[str, tuple[torch.dtype, Shap
             groups.append({**plain, **fixed, "params": metas})
         twin.param_groups = groups
         type(optimizer).step(twin)
-    except Exception:
+    except Exception:  # noqa: BLE001  any optimizer may object to being asked; then its state is learned from its first step
         return None
     found: dict[int, dict[str, tuple[torch.dtype, Shape]]] = {}
     for p, meta in pairs:
@@ -312,7 +312,7 @@ def optimizer_state(prefix: str, optimizer: Optimizer, fqns: Mapping[int, str]) 
 
 
 def _state_leaf(
-    name: str, optimizer: Optimizer, p: Tensor, slot: str, dtype: torch.dtype, like_param: bool, live: Tensor | None
+    name: str, optimizer: Optimizer, p: Tensor, slot: str, dtype: torch.dtype, like_param: bool, live: Tensor | None  # noqa: FBT001
 ) -> Leaf:
     def resolve() -> Tensor | None:
         return optimizer.state[p].get(slot) if p in optimizer.state else None
@@ -401,7 +401,7 @@ def rng_objects() -> list[Obj]:
     """The random states that a training step draws from: python, numpy, torch on the CPU and on this process's CUDA device."""
     objects = [
         Obj("rng.python", "rng", _get_python, _set_python),
-        Obj("rng.numpy", "rng", lambda: np.random.get_state(legacy=False), np.random.set_state),
+        Obj("rng.numpy", "rng", lambda: np.random.get_state(legacy=False), np.random.set_state),  # noqa: NPY002  the global state is what users draw from
         Obj("rng.torch", "rng", torch.get_rng_state, torch.set_rng_state),
     ]
     if torch.cuda.is_available():
@@ -423,7 +423,7 @@ def _set_python(state: Any) -> None:
 def reseed(seed: int) -> None:
     """Deterministic new random states, for a rank that has no predecessor on a changed mesh."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  the global state is what users draw from
     torch.manual_seed(seed)
 
 

@@ -22,7 +22,7 @@ import xxhash
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.train.harness import Job, daemon_pid, stop_daemon
+from tests.train.harness import Job, daemon_pid, stop_daemon  # noqa: E402  the harness that the tests drive real jobs with
 
 LAYOUTS = [("DDP on 1", "ddp", 1), ("FSDP2 on 2", "fsdp", 2), ("FSDP2 on 3", "fsdp", 3), ("TP 2 x FSDP 2", "tp_fsdp", 4), ("PP 2 x FSDP 2", "pp_fsdp", 4)]
 MODEL = ["--width", "96", "--layers", "4", "--batch", "12", "--context", "48"]
@@ -121,7 +121,7 @@ def main() -> int:
         while True:
             try:
                 new = daemon_pid(work / "d")
-            except Exception:
+            except Exception:  # noqa: BLE001  until the launcher has brought the next one up
                 new = pid
             if new != pid:
                 break

@@ -269,7 +269,8 @@ def main() -> None:
         out = {"step": start, "source": restored.source, "hashes": hashes, "notes": notes, "position": loader.position}
         (a.out / f"restored{rank}.json").write_text(json.dumps(out))
         session.close()
-        return finish()
+        finish()
+        return
     log = (a.out / f"rank{rank}.jsonl").open("a")
     for step in range(start + 1, a.steps + 1):
         began = time.perf_counter()

@@ -304,7 +304,7 @@ def list_checkpoints(store: Store, job: str | None) -> list[Found]:
 
 def _look_at(store: Store, directory: str, sizes: dict[str, int]) -> Found:
     place = split_directory(directory)
-    assert place is not None
+    assert place is not None  # noqa: S101  list_checkpoints asked before
     job, step, _ = place
     total = sum(sizes.values())
     try:

@@ -86,7 +86,7 @@ class LocalStore:
     """A `Store` below the directory `root`, which the first put makes if it is missing."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._root = os.path.abspath(root)
+        self._root = os.path.abspath(root)  # noqa: PTH100  Path.resolve would follow links, and the root's are the operator's
 
     def __str__(self) -> str:
         return self._root
@@ -245,12 +245,12 @@ class LocalStore:
             if not make:
                 raise
         missing = [self._root]
-        while not os.path.isdir(parent := os.path.dirname(missing[-1])):
+        while not os.path.isdir(parent := os.path.dirname(missing[-1])):  # noqa: PTH112, PTH120
             missing.append(parent)
         for path in reversed(missing):
             with suppress(FileExistsError):
-                os.mkdir(path, 0o755)
-            above = os.open(os.path.dirname(path), flags)
+                os.mkdir(path, 0o755)  # noqa: PTH102
+            above = os.open(os.path.dirname(path), flags)  # noqa: PTH120
             try:
                 _sync_folder(above)
             finally:

@@ -84,7 +84,7 @@ def _open_path(path: Path) -> Place:
             return Place(str(path), open_store(str(path.parent)), image=path.name)
         path = path.parent
     label = str(path)
-    children = os.listdir(path)
+    children = os.listdir(path)  # noqa: PTH208  names are enough
     steps = [child for child in children if split_directory(f"job/{child}")]
     directory = f"{path.parent.name}/{path.name}"
     if split_directory(directory) and not steps:
@@ -99,7 +99,7 @@ def _open_path(path: Path) -> Place:
 def _holds_steps(path: Path) -> bool:
     """Whether this is a job's directory, though it is called like a step's: jobs may be called so."""
     with suppress(OSError):
-        return any(split_directory(f"job/{child}") for child in os.listdir(path))
+        return any(split_directory(f"job/{child}") for child in os.listdir(path))  # noqa: PTH208
     return False
 
 

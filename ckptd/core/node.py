@@ -696,14 +696,14 @@ def check(node: Node) -> None:
     """Assert the invariants that can be read from the state. Tests and the simulator call it after every event."""
     for job in node.jobs.values():
         refs = [i.ref for s in job.snapshots.values() for i in s.images.values()]
-        assert len(refs) == len(set(refs)), "N2: a filling belongs to one snapshot"
+        assert len(refs) == len(set(refs)), "N2: a filling belongs to one snapshot"  # noqa: S101
         for key, snapshot in job.snapshots.items():
-            assert key == snapshot.key, "a snapshot is filed under its key"
-            assert len(snapshot.images) <= snapshot.local_count, "no more images than ranks"
+            assert key == snapshot.key, "a snapshot is filed under its key"  # noqa: S101
+            assert len(snapshot.images) <= snapshot.local_count, "no more images than ranks"  # noqa: S101
             if snapshot.state != FILLING:
-                assert all(i.hashed for i in snapshot.images.values()), "sealed means hashed"
+                assert all(i.hashed for i in snapshot.images.values()), "sealed means hashed"  # noqa: S101
         if job.committed is not None and job.committed in job.snapshots:
-            assert job.snapshots[job.committed].state == COMMITTED, "N1"
+            assert job.snapshots[job.committed].state == COMMITTED, "N1"  # noqa: S101
 
 
 def copy_of(snapshot: Snapshot) -> Snapshot:

@@ -48,7 +48,7 @@ _NP_DTYPE = re.compile(r"[<>|](?:[biufcV][1-9][0-9]{0,5}|[mM]8(?:\[[0-9]{0,9}[A-
 """What `dtype.str` of a scalar looks like; numpy's own reader also takes expressions."""
 
 
-def encode(value: Any, path: str, put_array: PutArray) -> Json:
+def encode(value: Any, path: str, put_array: PutArray) -> Json:  # noqa: C901, PLR0911, PLR0912  a flat dispatch over the closed list reads best in one place
     """The JSON of `value`. Raises Unstorable with the path and type of the first value outside the closed list."""
     depth = path.count("\x00")
     if depth > DEPTH_MAX:
@@ -211,7 +211,7 @@ def _label(key: object) -> str:
     """A key, an index or an item as part of a path. Never fails, and never looks like two parts."""
     try:
         text = key if isinstance(key, str) else repr(key)
-    except Exception:
+    except Exception:  # noqa: BLE001  a stranger's __repr__ may raise anything; the refusal must still name the place
         text = f"<{type(key).__qualname__}>"
     return text.replace("\x00", "\\0")
 

@@ -82,7 +82,7 @@ class Copy(Case):
         self.copy = torch._foreach_copy_
         self.copy(self.places, tensors)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int) -> None:  # noqa: ARG002
         self.copy(self.places, self.tensors)
 
 
@@ -90,7 +90,7 @@ class TorchSave(Case):
     def __init__(self, tensors: dict[str, Any], path: Path) -> None:
         self.tensors, self.path = tensors, path
 
-    def save(self, step: int) -> None:
+    def save(self, step: int) -> None:  # noqa: ARG002
         import torch
 
         torch.save(self.tensors, self.path)
@@ -109,7 +109,7 @@ class Dcp(Case):
         self.pending: Future[Any] | None = None
         self.staging: Future[Any] | None = None
 
-    def save(self, step: int) -> None:
+    def save(self, step: int) -> None:  # noqa: ARG002
         import torch.distributed.checkpoint as dcp
 
         self.drain()

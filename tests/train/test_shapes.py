@@ -3,7 +3,6 @@ several groups and optimizers, buffers that differ by rank; also where torch's o
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 import torch.distributed as dist
