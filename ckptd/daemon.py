@@ -335,7 +335,7 @@ class Daemon:
             case wire.Skipped():
                 self._event(node.Skipped(client.job, client.attempt, message.step))
             case wire.Persist():
-                self._event(node.PersistAsked(client.job, message.step))
+                self._event(node.PersistAsked(client.job, client.attempt, message.step))
             case wire.Chose():
                 source = None if message.step < 0 else (message.attempt, message.step)
                 self._event(node.Chosen(client.job, client.attempt, source))
@@ -684,7 +684,7 @@ class Daemon:
             case "skipped":
                 self._event(node.Skipped(*key, news.node))
             case "persist asked":
-                self._event(node.PersistAsked(news.job, news.step))
+                self._event(node.PersistAsked(*key))
             case "persist":
                 self._event(node.PersistTold(*key))
             case "written":

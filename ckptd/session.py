@@ -47,7 +47,7 @@ from ckptd.core.boxes import Box
 from ckptd.core.image import Layout, Piece, lay_out
 from ckptd.core.ladder import Durable, Holding, Rung, rungs
 from ckptd.core.manifest import Index
-from ckptd.core.plan import LeafDecl, Want, local_name, plan_capture
+from ckptd.core.plan import LeafDecl, Want, local_name, mesh_digest, plan_capture
 from ckptd.errors import (
     BadArgument,
     Bug,
@@ -203,6 +203,7 @@ class Session:
         self._place = _Place(0, "", 0, 1, [""], [])
         self._persist_asked: int | None = None
         self._declared_names: set[str] = set()
+        self._mesh = ""
 
     # --- attach -------------------------------------------------------------------------------------------------------------
 
@@ -239,6 +240,10 @@ class Session:
             self.objects += state.rng_objects()
             self.aliases = found.aliases
             self.complete = all(o.complete for o in optims)
+            self._params = {
+                f"optim.{prefix}state.{found.fqns[id(p)]}.": (o, p)
+                for prefix, o in self._optimizers for g in o.param_groups for p in g["params"]
+            }  # fmt: skip
             self.coords = state.coordinates((t for leaf in self.leaves if (t := leaf.resolve()) is not None), self.rank)
             names = [leaf.name for leaf in self.leaves] + [obj.name for obj in self.objects]
             doubled = sorted(n for n, count in Counter(names).items() if count > 1)
@@ -312,9 +317,9 @@ class Session:
 
     def _plan(self) -> None:
         """Collective: who stores what, and memory for it. Again when the state's composition changed."""
-        declared = msgspec.msgpack.encode([self._declare(leaf) for leaf in self.leaves])
+        declared = msgspec.msgpack.encode(([self._declare(leaf) for leaf in self.leaves], self.coords))
         planned = self._meeting.round("plan", declared, self._plan_for_all, self.settings.timeout_s)
-        mine, names = msgspec.msgpack.decode(planned, type=tuple[list[_PieceMessage], list[str]])
+        mine, names, self._mesh = msgspec.msgpack.decode(planned, type=tuple[list[_PieceMessage], list[str], str])
         self._pieces = [Piece(p.name, p.dtype, p.shape, Box(*p.box), p.view) for p in mine]
         self._declared_names = set(names)
         self._by_name = {leaf.name: leaf for leaf in self.leaves} | {
@@ -336,12 +341,14 @@ class Session:
 
     @staticmethod
     def _plan_for_all(brought: list[bytes]) -> list[bytes]:
-        declared = {r: msgspec.msgpack.decode(b, type=list[LeafDecl]) for r, b in enumerate(brought)}
+        told = [msgspec.msgpack.decode(b, type=tuple[list[LeafDecl], dict[str, int]]) for b in brought]
+        declared = {r: leaves for r, (leaves, _) in enumerate(told)}
+        mesh = mesh_digest([coords for _, coords in told])
         plan = plan_capture(declared)
         names = sorted({leaf.name for leaves in declared.values() for leaf in leaves})
         return [
             msgspec.msgpack.encode(
-                ([_PieceMessage(p.name, p.dtype, p.shape, (p.box.start, p.box.extent), p.view) for p in plan[r]], names)
+                ([_PieceMessage(p.name, p.dtype, p.shape, (p.box.start, p.box.extent), p.view) for p in plan[r]], names, mesh)
             )
             for r in range(len(brought))
         ]
@@ -838,15 +845,17 @@ class _Work:
     def __init__(self, session: Session, index: Index, *, strict: bool) -> None:
         self._session, self._index = session, index
         self.warnings: list[str] = []
-        self._same_mesh = index.world_size == session.world_size and index.images[session.rank].coords == session.coords
+        self._same_mesh = mesh_digest([index.images[r].coords for r in range(index.world_size)]) == session._mesh  # noqa: SLF001  a part of it
         self._absent = {n for i in index.images.values() for n in i.objects.get("absent", {}).get("value", [])}
         self._leaves = [leaf for leaf in session.leaves if leaf.name not in self._absent]
+        if not session.complete:
+            self._leaves += self._saved_only({leaf.name for leaf in self._leaves})
         named = [(self._saved_name(leaf), leaf) for leaf in self._leaves]
         self.missing = sorted(name for name, _ in named if name not in index.tensors)
         if not strict:
             self._leaves = [leaf for name, leaf in named if name in index.tensors]
         self.wants = [Want(self._saved_name(leaf), leaf.dtype, leaf.shape, leaf.box, leaf.view) for leaf in self._leaves]
-        known = session._declared_names | {o.name for o in session.objects}  # noqa: SLF001  a part of the session
+        known = session._declared_names | {leaf.name for leaf in self._leaves} | {o.name for o in session.objects}  # noqa: SLF001  a part of the session
         saved = {re.sub(r"@r\d+$", "", n) for n in index.tensors if not n.startswith("object/")}
         saved |= {n for n in index.images[0].objects if n != "absent" and not n.startswith("rng.")}
         self.unexpected = sorted(saved - known - self._absent)
@@ -863,6 +872,17 @@ class _Work:
                 typed.decode(value, lambda _kind, name: references.append(name))
         self.array_wants = [self._array_want(n) for n in dict.fromkeys(references)]
         self._values: list[tuple[Obj, list[Any]]] = []
+
+    def _saved_only(self, known: set[str]) -> list[Leaf]:
+        """Optimizer state that the snapshot has and an optimizer that could not be asked does not have yet."""
+        found = []
+        for name, info in self._index.tensors.items():
+            prefix, _, slot = name.rpartition(".")
+            owner = self._session._params.get(f"{prefix}.")  # noqa: SLF001  a part of the session
+            if owner is not None and name not in known and name not in self._absent:
+                leaf = state.saved_leaf(name, *owner, slot, info.dtype, info.shape, info.view)
+                found += [leaf] if leaf is not None else []
+        return found
 
     def _saved_name(self, leaf: Leaf) -> str:
         own = local_name(leaf.name, self._session.rank)

@@ -126,12 +126,12 @@ def _cut_order(name: str, tensor: DTensor, dim: int) -> list[int]:
 
 
 def coordinates(tensors: Iterable[Tensor], rank: int) -> dict[str, int]:
-    """This rank's place: its rank, and its coordinate in the meshes of the model's DTensors."""
+    """This rank's place: its rank, and its coordinates in the meshes of the model's DTensors, with their sizes."""
     found = {"rank": rank}
-    for t in tensors:
-        if isinstance(t, DTensor):
-            names = t.device_mesh.mesh_dim_names or [f"dim{i}" for i in range(t.device_mesh.ndim)]
-            found.update(zip(names, t.device_mesh.get_coordinate() or (), strict=False))
+    for mesh in {id(t.device_mesh): t.device_mesh for t in tensors if isinstance(t, DTensor)}.values():
+        names = mesh.mesh_dim_names or tuple(f"dim{i}" for i in range(mesh.ndim))
+        for i, (name, at) in enumerate(zip(names, mesh.get_coordinate() or (), strict=False)):
+            found |= {name: at, f"{name}_size": mesh.size(i)}
     return found
 
 
@@ -309,6 +309,25 @@ def optimizer_state(prefix: str, optimizer: Optimizer, fqns: Mapping[int, str]) 
         )
     )
     return out
+
+
+def saved_leaf(name: str, optimizer: Optimizer, p: Tensor, slot: str, dtype: str, shape: Shape, view: str) -> Leaf | None:
+    """The leaf of a state slot that only a snapshot knows of: the optimizer could not be asked for its state, and has not stepped yet.
+
+    None where it cannot be told how this rank shares it: a shape that is neither the parameter's nor () of a sharded parameter.
+    """
+    like_param = shape == tuple(p.shape) and bool(shape)
+    if view or not (like_param or shape == () or not isinstance(p, DTensor)):
+        return None
+    if like_param or shape == ():
+        return _state_leaf(name, optimizer, p, slot, TORCH_DTYPES[dtype], like_param, None)
+
+    def like() -> Tensor:
+        made = torch.zeros(shape, dtype=TORCH_DTYPES[dtype], device=p.device)
+        optimizer.state[p][slot] = made
+        return made
+
+    return Leaf(name, dtype, shape, Box.whole(shape), "", lambda: optimizer.state.get(p, {}).get(slot), assumed=True, like=like)
 
 
 def _state_leaf(

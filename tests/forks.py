@@ -11,7 +11,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
+
+from ckptd.standby import PRELOAD
+
+for _name in PRELOAD:
+    import_module(_name)  # before any fork: four ranks that each import torch._dynamo take four seconds here
 
 
 def free_port() -> int:

@@ -124,6 +124,7 @@ class PersistAsked:
     """Somebody wants the newest committed snapshot at or after `step` in the durable tier."""
 
     job: str
+    attempt: int
     step: int
 
 
@@ -468,7 +469,8 @@ class Node:
             yield from self._passes(job, e.attempt, -1, e.step, now_s)
 
     def _persist_asked(self, job: Job, e: PersistAsked, now_s: float) -> Iterator[Action]:
-        if any(key is not None and key[0] == job.attempt and key[1] >= e.step for key in (job.persist_key, job.persisted)):
+        known = (job.persist_key, job.persisted)
+        if e.attempt < job.attempt or any(k is not None and k[0] == job.attempt and k[1] >= e.step for k in known):
             return
         if job.node != 0:
             yield TellPeers(job.name, job.attempt, e.step, "persist asked")

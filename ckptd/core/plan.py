@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import xxhash
 
 from ckptd.core.boxes import Box, prove_tiles
 from ckptd.core.image import ITEM_BYTES, Piece
@@ -111,6 +112,11 @@ def _check_same(leaf: LeafDecl, rank: int, known: tuple[int, bytes]) -> None:
             remedy="if each rank has its own, name it in attach(local=[...]); if it is a shard, make it a DTensor; "
             "if they should be equal, broadcast it before attach",
         )
+
+
+def mesh_digest(coords: Sequence[Mapping[str, int]]) -> str:
+    """One word for the coordinates of all ranks, in rank order: two meshes are the same only if every rank's coordinates are."""
+    return xxhash.xxh3_64_hexdigest(repr([sorted(c.items()) for c in coords]).encode())
 
 
 class Want(msgspec.Struct, frozen=True, array_like=True):

@@ -180,13 +180,12 @@ def read_header(memory: memoryview, at: int) -> Header:
     The state is read before and after the words: a FILLED that was followed by the words of the next filling is none.
     """
     state = _get(memory, at)
-    end = at + 8 + 8 * len(_WORDS)
     if state not in {FILLING, FILLED, VOID}:
         return Header(EMPTY)
-    words = dict(zip(_WORDS, (_get(memory, at + 8 + 8 * i) for i in range(len(_WORDS))), strict=True))
-    if _check(memory[at + 8 : end]) != _get(memory, end) or _get(memory, at) != state:
+    raw = bytes(memory[at + 8 : at + 16 + 8 * len(_WORDS)])  # one copy: what is checked is what is returned
+    if _check(raw[:-8]) != int.from_bytes(raw[-8:], "little") or _get(memory, at) != state:
         state = FILLING
-    return Header(state, **words)
+    return Header(state, *(int.from_bytes(raw[8 * i : 8 * i + 8], "little") for i in range(len(_WORDS))))
 
 
 def write_seal(memory: memoryview, at: int, gen: int, digests: bytes) -> None:

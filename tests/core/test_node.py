@@ -263,26 +263,26 @@ def test_an_old_image_that_could_not_be_sealed_is_released():
 def test_persist_is_written_where_it_is_committed_and_held_until_then():
     m = Node()
     run(m, began())
-    assert run(m, PersistAsked(J, 1)) == []
+    assert run(m, PersistAsked(J, 1, 1)) == []
     assert sealed_here(m, 1) == [TellRanks(J, 1, 1, COMMITTED), WriteImages(J, 1, 1, ((0, ref(1), 100),))]
     assert sealed_here(m, 2) == [TellRanks(J, 1, 2, COMMITTED)], "step 1 is being written"
-    assert run(m, PersistAsked(J, 1)) == [], "that is being done"
+    assert run(m, PersistAsked(J, 1, 1)) == [], "that is being done"
     assert run(m, ImagesWritten(J, 1, 1)) == [WriteManifest(J, 1, 1, 1)]
     assert run(m, ImagesWritten(J, 1, 1)) == []
     assert run(m, Persisted(J, 1, 1)) == [TellRanks(J, 1, 1, "persisted"), Release(ref(1))]
     assert run(m, Persisted(J, 1, 1)) == []
     assert run(m, PersistFailed(J, 1, 1, "late")) == []
-    assert run(m, PersistAsked(J, 1)) == [], "that was done"
+    assert run(m, PersistAsked(J, 1, 1)) == [], "that was done"
     assert m.jobs[J].counters.persisted == 1
     assert m.jobs[J].counters.persist_failed == 0
 
 
 def test_the_next_wish_waits_and_failures_and_deadlines_release():
     m = Node(persist_timeout_s=10)
-    run(m, began(), PersistAsked(J, 1))
+    run(m, began(), PersistAsked(J, 1, 1))
     sealed_here(m, 1)
     sealed_here(m, 2)
-    assert run(m, PersistAsked(J, 2)) == []
+    assert run(m, PersistAsked(J, 1, 2)) == []
     actions = run(m, PersistFailed(J, 1, 1, "full"))
     assert actions == [TellRanks(J, 1, 1, "persist failed: full"), Release(ref(1)), WriteImages(J, 1, 2, ((0, ref(2), 100),))]
     sealed_here(m, 3)
@@ -293,7 +293,7 @@ def test_the_next_wish_waits_and_failures_and_deadlines_release():
 
 def test_node_0_decides_what_is_persisted_before_it_tells_that_it_sealed():
     m = Node()
-    run(m, began(nodes=2), PersistAsked(J, 1))
+    run(m, began(nodes=2), PersistAsked(J, 1, 1))
     assert sealed_here(m, 1, nodes=2) == [told("persist", 1), told("sealed", 1)]
     run(m, PeerSealed(J, 1, 1, 1))
     assert run(m, ImagesWritten(J, 1, 1, 1)) == []
@@ -301,10 +301,17 @@ def test_node_0_decides_what_is_persisted_before_it_tells_that_it_sealed():
     assert told("persisted", 1) in run(m, Persisted(J, 1, 1))
 
 
+def test_a_wish_of_an_old_attempt_is_none():
+    """It may be for a step that this attempt comes to in a week, and newer wishes wait for it."""
+    m = Node()
+    run(m, began(2), PersistAsked(J, 1, 500), PersistAsked(J, 2, 1))
+    assert sealed_here(m, 1, attempt=2)[1:] == [WriteImages(J, 2, 1, ((0, ref(1), 100),))]
+
+
 def test_the_others_ask_and_obey():
     m = Node()
     run(m, began(node=1, nodes=2))
-    assert run(m, PersistAsked(J, 1)) == [told("persist asked", 1)]
+    assert run(m, PersistAsked(J, 1, 1)) == [told("persist asked", 1)]
     assert run(m, PersistTold(J, 1, 1)) == []
     run(m, filled(1, node=1, nodes=2), hashed(1))
     assert run(m, PeerSealed(J, 1, 1, 0))[1:] == [WriteImages(J, 1, 1, ((0, ref(1), 100),))]
@@ -319,7 +326,7 @@ def test_the_others_ask_and_obey():
 
 def test_a_decided_step_that_a_rank_skipped_gives_way_to_the_next():
     m = Node()
-    run(m, began(nodes=2), PersistAsked(J, 1))
+    run(m, began(nodes=2), PersistAsked(J, 1, 1))
     sealed_here(m, 1, nodes=2)
     run(m, Skipped(J, 1, 1, 1))
     assert told("persist", 2) in sealed_here(m, 2, nodes=2)
@@ -339,7 +346,7 @@ def test_a_successor_of_node_0_takes_over_what_was_being_persisted():
 
 def test_greeting_tells_everything_that_may_have_been_lost():
     m = Node()
-    run(m, began(nodes=2), PersistAsked(J, 2), Skipped(J, 1, 1))
+    run(m, began(nodes=2), PersistAsked(J, 1, 2), Skipped(J, 1, 1))
     sealed_here(m, 2, nodes=2)
     run(m, filled(3, nodes=2))
     assert m.greeting(J) == [((1, 2), "persist"), ((1, 1), "skipped"), ((1, 2), "sealed")]
@@ -573,7 +580,7 @@ class World:
                 "sealed": lambda: PeerSealed(J, *key, source),
                 "skipped": lambda: Skipped(J, *key, source),
                 "persist": lambda: PersistTold(J, *key),
-                "persist asked": lambda: PersistAsked(J, key[1]),
+                "persist asked": lambda: PersistAsked(J, *key),
                 "written": lambda: ImagesWritten(J, *key, source),
                 "persisted": lambda: Persisted(J, *key, here=False),
                 "persist failed": lambda: PersistFailed(J, *key, "there", here=False),
@@ -775,7 +782,9 @@ class World:
         if self.faults and self.rng.random() < 0.2 and len(self.machines) > 1:
             n = self.rng.randrange(len(self.machines))
             step = self.rng.randrange(1, 60)
-            self.send(n, self.rng.choice([PeerSealed(J, zombie, step, (n + 1) % len(self.machines)), Skipped(J, zombie, step, 1)]))
+            job = self.machines[n].node.jobs.get(J) if self.machines[n].node else None
+            if job is not None and job.attempt > zombie:  # before that it would be a lie, not a latecomer
+                self.send(n, self.rng.choice([PeerSealed(J, zombie, step, (n + 1) % len(self.machines)), Skipped(J, zombie, step, 1)]))
 
     # --- one event, chosen by chance
 
@@ -806,7 +815,7 @@ class World:
             if self.links:
                 self.greet(rng.choice([*self.links]))
         elif dice < 0.95:
-            self.tell(n, r, PersistAsked(J, max(1, m.ranks[r].step - rng.randrange(2))))
+            self.tell(n, r, PersistAsked(J, self.attempt, max(1, m.ranks[r].step - rng.randrange(2))))
         elif dice < 0.96:
             self.send(n, Tick())
         elif dice < 0.972:
@@ -873,7 +882,7 @@ class World:
         if not committed:
             raise Broken(f"livelock: none of steps {first} to {first + 2} was committed")
         for n in range(len(self.machines)):
-            self.tell(n, 0, PersistAsked(J, first + 3))
+            self.tell(n, 0, PersistAsked(J, self.attempt, first + 3))
         self.march(3)
         if not any(k >= (self.attempt, first + 3) for k in self.done & self.manifests):
             raise Broken(f"livelock: nothing is persisted any more; {self.done}")

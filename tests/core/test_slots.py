@@ -259,8 +259,9 @@ def test_a_writer_killed_anywhere_leaves_no_wrong_filling():
     rounds = int(os.environ.get("KILL_ROUNDS", "250"))
     seen = {EMPTY: 0, FILLING: 0, FILLED: 0, VOID: 0}
     live = gen = 0
-    with mmap.mmap(-1, 4 * PAGE) as shared:
-        m = memoryview(shared)
+    shared = mmap.mmap(-1, 4 * PAGE)
+    m = memoryview(shared)
+    if True:
         for _ in range(rounds):
             pid = os.fork()
             if pid == 0:
@@ -268,21 +269,24 @@ def test_a_writer_killed_anywhere_leaves_no_wrong_filling():
                     write_for_ever(shared, gen)
                 finally:
                     os._exit(1)
-            deadline = time.perf_counter() + rng.random() * 0.004
-            while slots.read_header(m, 0).gen == gen or time.perf_counter() < deadline:
-                h = slots.read_header(m, 0)
-                if h.state == FILLED:  # beside a live writer
-                    assert h == Header(FILLED, h.gen, *(h.gen * k for k in range(2, 10)))
-                    live += 1
-            os.kill(pid, signal.SIGKILL)
-            assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+            try:
+                deadline = time.perf_counter() + rng.random() * 0.004
+                limit = deadline + 10
+                while slots.read_header(m, 0).gen == gen or time.perf_counter() < deadline:
+                    h = slots.read_header(m, 0)
+                    if h.state == FILLED:  # beside a live writer
+                        assert h == Header(FILLED, h.gen, *(h.gen * k for k in range(2, 10)))
+                        live += 1
+                    assert time.perf_counter() < limit, "the writer does not write"
+            finally:
+                os.kill(pid, signal.SIGKILL)
+                assert os.waitpid(pid, 0)[1] == signal.SIGKILL
             h = slots.read_header(m, 0)
             seen[h.state] += 1
             if h.state == FILLED:
                 assert h == Header(FILLED, h.gen, *(h.gen * k for k in range(2, 10)))
                 assert bytes(m[PAGE : 3 * PAGE]) == (h.gen & 0xFFFFFFFF).to_bytes(4, "little") * (PAGE // 2)
             gen = max(gen, h.gen) + 1000
-        del m
     print(f"{rounds} kills: {seen}; {live} reads beside a live writer")
     assert seen[FILLED]
     assert seen[FILLING]

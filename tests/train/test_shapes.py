@@ -324,3 +324,73 @@ def test_what_cannot_be_stored_is_refused_at_attach_by_path(bad, place, monkeypa
         ckptd.attach(model=nn.Linear(2, 2), extras={"thing": Holder(value)})
 
 
+
+
+class Picky(torch.optim.Optimizer):
+    """Cannot be asked for its state ahead: it looks at real numbers."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                assert float(p.grad.abs().sum()) >= 0.0, "not on the meta device"
+                state = self.state[p]
+                if not state:
+                    state["slow"] = p.detach().clone()
+                    state["rows"] = torch.zeros(3)
+                    state["count"] = 0
+                state["count"] += 1
+                state["rows"] += float(p.grad.sum())
+                p.sub_(group["lr"] * p.grad)
+                state["slow"].lerp_(p, 0.5)
+
+
+def test_an_optimizer_that_cannot_be_asked_ahead(place):
+    def work(restore):
+        def run(rank):
+            torch.manual_seed(1)
+            model = nn.Linear(6, 4)
+            optimizer = Picky(model.parameters())
+            session = ckptd.attach(model=model, optimizer=optimizer, required=True)
+            start = session.restore().step
+            assert start == (3 if restore else 0)
+            for step in range(start + 1, start + 4):
+                optimizer.zero_grad()
+                model(torch.full((2, 6), float(step))).square().mean().backward()
+                optimizer.step()
+                session.step(step)
+                assert session.wait("committed", step, timeout_s=20), session.status()
+                if step == 3 and not restore:
+                    break
+            session.close()
+            return [digest(p) for p in model.parameters()] + [repr(sorted((k, str(v)) for k, v in optimizer.state[p].items())) for p in model.parameters()]
+
+        return run
+
+    def uninterrupted(rank):
+        torch.manual_seed(1)
+        model = nn.Linear(6, 4)
+        optimizer = Picky(model.parameters())
+        for step in range(1, 7):
+            optimizer.zero_grad()
+            model(torch.full((2, 6), float(step))).square().mean().backward()
+            optimizer.step()
+        return [digest(p) for p in model.parameters()] + [repr(sorted((k, str(v)) for k, v in optimizer.state[p].items())) for p in model.parameters()]
+
+    ranks(2, work(restore=False), env=place)
+    assert ranks(2, work(restore=True), env=place) == ranks(2, uninterrupted)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own, at import
+def test_names_see_through_wrappers():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    from ckptd.state import model_state
+
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2)), nn.Linear(2, 2))
+    compiled = torch.compile(model)
+    names = [leaf.name for leaf in model_state([("", compiled)], ()).leaves]
+    assert names == ["model.0.weight", "model.0.bias", "model.1.weight", "model.1.bias"]
