@@ -80,9 +80,11 @@ class Pipe:
     def read(self) -> list[Any]:
         """Messages that have arrived. Raises EOFError at the end, PeerFailed for garbage."""
         try:
-            data, fds, _, _ = socket.recv_fds(self.sock, READ_BYTES, 16, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(self.sock, READ_BYTES, 16)
         except BlockingIOError:
             return []
+        for fd in fds:
+            os.set_inheritable(fd, False)  # noqa: FBT003  os's own signature; recv_fds drops its flags, so MSG_CMSG_CLOEXEC does nothing
         self._fds.extend(fds)
         if len(self._fds) > FDS_MAX:
             msg = "too many file descriptors"
