@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ckptd import spawn
 from ckptd.channel import Pipe, connect, socket_path
 from ckptd.core import wire
 from ckptd.errors import CkptdError, DaemonUnreachable
+from ckptd.storage import absolute
 from ckptd.trace import mark
 
 log = logging.getLogger("ckptd.launch")
@@ -53,8 +55,9 @@ BARREN_RESTARTS_MAX = 3
 class Keeper:
     """A thread that keeps a daemon running and holds copies of the job's arenas."""
 
-    def __init__(self, job: str, directory: str | None, linger_s: float) -> None:
+    def __init__(self, job: str, directory: str | None, linger_s: float, options: Sequence[str] = ()) -> None:
         self._job = job
+        self._options = options
         self._directory = directory
         self._linger_s = linger_s
         self._path = socket_path(directory)
@@ -93,7 +96,7 @@ class Keeper:
             connect(self._path, 2.0).close()
         except DaemonUnreachable:
             self._path.unlink(missing_ok=True)
-            self._process = spawn.start_daemon(self._directory, linger_s=self._linger_s, arenas=[*self._arenas.values()])
+            self._process = spawn.start_daemon(self._directory, linger_s=self._linger_s, arenas=[*self._arenas.values()], options=self._options)
             spawn.await_socket(self._path, timeout_s)
 
     def _run(self) -> None:
@@ -302,11 +305,12 @@ def run(args: argparse.Namespace) -> int:
     _single_node_rendezvous(args, torchrun)
     config, command, command_args = torchrun.config_from_args(args)
     settings = {
-        "CKPTD_JOB": job, "CKPTD_STORE": args.store, "CKPTD_PERSIST_EVERY": args.persist_every, "CKPTD_SLOTS": args.slots,
+        "CKPTD_JOB": job, "CKPTD_STORE": absolute(args.store), "CKPTD_PERSIST_EVERY": args.persist_every, "CKPTD_SLOTS": args.slots,
         "CKPTD_KEPT": "1", "CKPTD_DIR": args.dir, "CKPTD_PRELOAD": ",".join(args.preload),
     }  # fmt: skip
     os.environ.update({k: str(v) for k, v in settings.items() if v})
-    keeper = Keeper(job, args.dir, args.linger_s)
+    options = ["--peer-host", args.peer_host, *["--insecure-peers"] * args.insecure_peers] if args.peer_host else []
+    keeper = Keeper(job, args.dir, args.linger_s, options)
     keeper.start()
     standbys = Standbys(config.nproc_per_node if args.standby is None else args.standby)
     Agent.keeper, Agent.standbys, _Handler.standbys = keeper, standbys, standbys
@@ -364,6 +368,8 @@ def parser() -> argparse.ArgumentParser:
     ours.add_argument("--slots", type=int, default=0, metavar="N", help="snapshots per rank in memory, 2 to 8 (default 3)")
     ours.add_argument("--dir", default=os.environ.get("CKPTD_DIR"), metavar="DIR", help="directory of the daemon's socket")
     ours.add_argument("--linger-s", type=float, default=spawn.LINGER_S, metavar="S", help="a daemon started here leaves S seconds after the last client (default %(default)s)")
+    ours.add_argument("--peer-host", default="", metavar="ADDRESS", help="this node's address for other nodes' daemons, if the daemon is started here (default: loopback)")
+    ours.add_argument("--insecure-peers", action="store_true", help="allow --peer-host off loopback, without authentication")
     ours.add_argument("--keep", action="store_true", help="keep the job's snapshots in memory after it has finished")
     ours.add_argument("--standby", type=int, metavar="N", help="processes that have imported torch, waiting to replace workers (default: one per worker; 0: none)")
     ours.add_argument("--preload", action="append", default=[], metavar="MODULE", help="import this in standbys too (may be repeated)")

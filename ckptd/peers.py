@@ -17,7 +17,7 @@ import contextlib
 import ipaddress
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +65,14 @@ class Local(Protocol):
 
 def check_bind(host: str, *, insecure: bool) -> None:
     """Raise BadArgument for an address off loopback, unless the operator insists."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError as e:
+        msg = f"--peer-host {host}: {e}"
+        raise BadArgument(msg, remedy="give an address of this node, not a name") from e
+    if address.is_unspecified:
+        msg = f"--peer-host {host}: other daemons could not reach that"
+        raise BadArgument(msg, remedy="give the one address of this node that they should use")
     if not insecure and not ipaddress.ip_address(host).is_loopback:
         msg = f"--peer-host {host}: daemons do not authenticate each other yet, so they bind to loopback only"
         raise BadArgument(msg, remedy="on a trusted network, add --insecure-peers")
@@ -225,15 +233,28 @@ class _Link:
         pause_s = RETRY_S[0]
         while True:
             try:
-                async with _dial(self.address) as (_, writer):
+                async with _dial(self.address) as (reader, writer):
                     pause_s, self.connected = RETRY_S[0], True
-                    await self._talk(writer)
+                    await self._until_gone(reader, self._talk(writer))
             except (OSError, PeerFailed, TimeoutError, ValueError) as e:  # ValueError: an address that is none
                 log.debug("peer %s: %s", self.address, e)
             finally:
                 self.connected = False
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RETRY_S[1])
+
+    @staticmethod
+    async def _until_gone(reader: asyncio.StreamReader, talk: Coroutine[Any, Any, None]) -> None:
+        """A peer says nothing on this line; it ends when the peer's daemon does, and its successor wants the greeting at once."""
+        tasks = {asyncio.ensure_future(reader.read(1)), asyncio.create_task(talk)}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _talk(self, writer: asyncio.StreamWriter) -> None:
         local = self._peers._local  # noqa: SLF001  a link is a part of Peers

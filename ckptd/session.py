@@ -63,7 +63,7 @@ from ckptd.errors import (
 from ckptd.link import Link
 from ckptd.meeting import Meeting, meeting_of
 from ckptd.state import Leaf, Obj
-from ckptd.storage import checkpoint, open_store
+from ckptd.storage import absolute, checkpoint, open_store
 
 log = logging.getLogger("ckptd")
 
@@ -144,6 +144,8 @@ class _Arrival(msgspec.Struct, array_like=True):
     holdings: list[Holding] = []
     failed: list[tuple[int, int, str]] = []
     durable: list[Durable] = []
+    broken: list[str] = []
+    """Checkpoints that cannot be read, or why the durable tier cannot."""
 
 
 class _Place(msgspec.Struct, array_like=True):
@@ -155,6 +157,7 @@ class _Place(msgspec.Struct, array_like=True):
     local_count: int
     peers: list[str]
     rungs: list[Rung]
+    broken: list[str] = []
 
 
 @dataclass(slots=True)
@@ -268,12 +271,14 @@ class Session:
             arrival.no_daemon = f"rank {self.rank}: {e.message}"
         if self.rank == 0 and self.settings.store:
             try:
-                found = [f for f in checkpoint.list_checkpoints(open_store(self.settings.store), self.settings.job) if f.ok]
-                arrival.durable = [
-                    Durable(f.manifest.attempt, f.step, f.manifest.world_size, f.directory) for f in found if f.manifest is not None
-                ]
+                found = checkpoint.list_checkpoints(open_store(self.settings.store), self.settings.job)
             except CkptdError as e:
-                arrival.error, arrival.message, arrival.remedy = type(e).__name__, e.message, e.remedy
+                arrival.broken = [f"{self.settings.store}: {e.message}"]  # memory may do; if it does not, restore says this
+                return arrival
+            arrival.durable = [
+                Durable(f.manifest.attempt, f.step, f.manifest.world_size, f.directory) for f in found if f.ok and f.manifest is not None
+            ]
+            arrival.broken = [f"{f.directory}: {f.error}" for f in found if not f.ok and not f.unfinished]
         return arrival
 
     def _reach_daemon(self) -> wire.Welcome:
@@ -287,7 +292,7 @@ class Session:
             kept = self.settings.kept and spawn.is_up(path, KEEPER_S)
             if not kept and os.environ.get("LOCAL_RANK", "0") == "0":
                 log.warning("no daemon at %s: starting one for this node", path)
-                spawn.start_daemon(self.settings.directory)
+                spawn.leave(spawn.start_daemon(self.settings.directory))
             spawn.await_socket(path, self.settings.timeout_s / 4)
             return self._link.open(self.settings.timeout_s / 4)
 
@@ -309,7 +314,7 @@ class Session:
             msgspec.msgpack.encode(
                 _Place(
                     max(known) + 1, no_daemon, daemons.index(a.daemon), sum(b.daemon == a.daemon for b in arrivals),
-                    [first[d].address for d in daemons], ladder,
+                    [first[d].address for d in daemons], ladder, arrivals[0].broken,
                 )
             )
             for a in arrivals
@@ -443,16 +448,24 @@ class Session:
             newest = self._place.rungs[0]
             msg = f"step {newest.step} of job {self.settings.job!r} is there ({newest.source}), and the loop did not restore it"
             raise NotRestored(msg, remedy="call session.restore() before the loop, or session.restore(fresh=True) to start from scratch")
+        if self._place.broken:
+            msg = f"job {self.settings.job!r} has checkpoints that cannot be read, and the loop asked for nothing: {'; '.join(self._place.broken[:3])}"
+            raise NotRestored(msg, remedy="`ckptd verify` says what is wrong; session.restore(fresh=True) starts from scratch")
         self._chose(None)
 
     def _complete_plan(self) -> bool:
         """The optimizer could not be asked for its state before its first step: it has taken it, so plan now (collective, once)."""
         self._look()
-        if self._error is None and self.complete:
-            self._plan()
-        else:
+        why = str(self._error) if self._error else "" if self.complete else "the optimizer's state cannot be known"
+        try:
+            if not why:
+                self._plan()
+        except CkptdError as e:
+            why = str(e)
+        if why:
             self.complete = True
-            self._go_inert(str(self._error) if self._error else "the optimizer's state cannot be known")
+            self.inert = why
+            log.error("training goes on WITHOUT snapshots: %s", why)
         return not self.inert
 
     def _free_slot(self) -> int | None:
@@ -635,7 +648,7 @@ class Session:
             have = sorted({r.step for r in self._place.rungs})
             msg = f"step {step} of job {self.settings.job!r} is not to be had; there are {have}"
             raise NotFound(msg)
-        failures: list[str] = []
+        failures: list[str] = [] if fresh else [*self._place.broken]
         for number, rung in enumerate(ladder):
             outcome = self._try(number, rung, strict=strict, timeout_s=timeout_s)
             if isinstance(outcome, Restored):
@@ -648,7 +661,7 @@ class Session:
             self._link.tell(wire.RestoreFailed(attempt=rung.attempt, step=rung.step, source=rung.source, why=outcome))
             log.error("step %d could not be restored from %s: %s", rung.step, rung.source, outcome)
         if failures:
-            msg = f"none of {len(failures)} snapshots could be restored: " + "; ".join(failures)
+            msg = f"none of {len(failures)} snapshots could be restored: " + "; ".join(failures[:8])
             raise NotFound(msg, remedy="`ckptd verify` says what is wrong; restore(fresh=True) starts from scratch")
         self._restored = True
         self._chose(None)
@@ -862,8 +875,9 @@ class _Work:
         self._objects = self._choose_objects()
         gone = sorted({o.name for o in session.objects if not o.name.startswith("rng.")} - {o.name for o, _ in self._objects})
         self.missing += gone
-        if strict and (gone or self.unexpected):
-            parts = [f"missing: {', '.join(gone)}"] * bool(gone) + [f"unexpected: {', '.join(self.unexpected[:8])}"] * bool(self.unexpected)
+        if strict and (self.missing or self.unexpected):
+            parts = [f"missing: {', '.join(self.missing[:8])}"] * bool(self.missing)
+            parts += [f"unexpected: {', '.join(self.unexpected[:8])}"] * bool(self.unexpected)
             msg = f"step {index.step} does not fit: " + "; ".join(parts)
             raise StateMismatch(msg, remedy="pass strict=False to restore what fits")
         references: list[str] = []
@@ -1018,7 +1032,7 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
     env = os.environ
     chosen = Settings(
         job=job or env.get("CKPTD_JOB") or _run_id(env.get("TORCHELASTIC_RUN_ID", "")) or Path(sys.argv[0] or "job").stem or "job",
-        store=str(store) if store is not None else env.get("CKPTD_STORE", ""),
+        store=absolute(store if store is not None else env.get("CKPTD_STORE", "")),
         persist_every=persist_every if persist_every is not None else int(env.get("CKPTD_PERSIST_EVERY", "0")),
         slots=slots if slots is not None else int(env.get("CKPTD_SLOTS", SLOTS_DEFAULT)),
         keep_newest=keep_newest,

@@ -18,14 +18,16 @@ LINGER_S = 600.0
 """A daemon that a job started leaves this long after the last client: a requeued job finds its snapshots, an idle node its memory."""
 
 
-def start_daemon(directory: str | None, *, linger_s: float = LINGER_S, arenas: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+def start_daemon(
+    directory: str | None, *, linger_s: float = LINGER_S, arenas: Sequence[int] = (), options: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
     """Start `ckptd daemon` in a session of its own, its log beside its socket. `arenas`: descriptors that it is to adopt.
 
     Descriptors are handed over as systemd does it: LISTEN_FDS, beginning at 3.
     """
     path = socket_path(directory)
     private_directory(path.parent)
-    command = [sys.executable, "-m", "ckptd.cli.main", "daemon", "--dir", str(path.parent), "--linger-s", str(linger_s)]
+    command = [sys.executable, "-m", "ckptd.cli.main", "daemon", "--dir", str(path.parent), "--linger-s", str(linger_s), *options]
     env = {k: v for k, v in os.environ.items() if not k.startswith("LISTEN_")}
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_FD) for fd in arenas]
     if arenas:
@@ -33,12 +35,18 @@ def start_daemon(directory: str | None, *, linger_s: float = LINGER_S, arenas: S
         command = [sys.executable, "-S", "-c", _HAND_OVER, *map(str, high), "--", *command]
     try:
         with (path.parent / "daemon.log").open("ab") as log_file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True, env=env, pass_fds=high
             )
+            return process
     finally:
         for fd in high:
             os.close(fd)
+
+
+def leave(process: subprocess.Popen[bytes]) -> None:
+    """This daemon outlives us, and nobody here will wait for it: a Popen that is collected while its process runs would warn about that."""
+    process.returncode = 0
 
 
 HIGH_FD = 256

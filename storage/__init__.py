@@ -14,6 +14,7 @@ Invariants that every store keeps, held by the contract suite in tests/storage/c
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from urllib.parse import unquote
 
 from ckptd.errors import BadArgument
 
-__all__ = ["Bytes", "Data", "Stat", "Store", "check_name", "is_temporary", "open_store", "parts_of"]
+__all__ = ["Bytes", "Data", "Stat", "Store", "absolute", "check_name", "is_temporary", "open_store", "parts_of"]
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Data: TypeAlias = Bytes | Sequence[Bytes]
@@ -127,6 +128,12 @@ def parts_of(data: Data) -> list[memoryview]:
         msg = "data to be stored must be contiguous"
         raise BadArgument(msg)
     return [v.cast("B") for v in views if v.nbytes]
+
+
+def absolute(url_or_path: str | os.PathLike[str]) -> str:
+    """A place as every process understands it, whatever its working directory: local paths made absolute, URLs and "" as they are."""
+    text = os.fspath(url_or_path)
+    return text if not text or "://" in text else os.path.abspath(text)  # noqa: PTH100  as the user named it: links stay
 
 
 def open_store(url_or_path: str) -> Store:

@@ -66,14 +66,16 @@ class Box:
         """The same elements, counted from `outer`'s start. `outer` must contain this box."""
         return Box(tuple(s - o for s, o in zip(self.start, outer.start, strict=True)), self.extent)
 
-    def split(self, parts: int) -> list[Box]:
-        """At most `parts` boxes of nearly equal volume along the longest dimension; together they are this box."""
-        if not self.extent or parts <= 1 or self.numel == 0:
+    def cut(self, shares: Sequence[int]) -> list[Box]:
+        """One box per share along the longest dimension, in proportion and in order; together they are this box. Shares too small come out empty.
+
+        A box of one element without dimensions, or of none, is not cut.
+        """
+        if not self.extent or len(shares) == 1 or self.numel == 0:
             return [self]
         dim = max(range(len(self.extent)), key=lambda d: (self.extent[d], -d))
-        length = self.extent[dim]
-        parts = min(parts, length)
-        cuts = [length * i // parts for i in range(parts + 1)]
+        length, total = self.extent[dim], sum(shares)
+        cuts = [0, *((length * sum(shares[: i + 1]) + total // 2) // total for i in range(len(shares)))]
         return [
             Box(
                 (*self.start[:dim], self.start[dim] + a, *self.start[dim + 1 :]),

@@ -56,7 +56,7 @@ class Row:
     end: int
 
 
-class ImageInfo(msgspec.Struct, frozen=True):
+class ImageInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An image as the index knows it. `digests`: 16 bytes per block (`core.checksum`)."""
 
     rank: int
@@ -302,10 +302,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     images: list[ImageFile]
     index: IndexFile
     created_unix_s: float
-    format: str = FORMAT
-    version: int = VERSION
-    checksum: str = sums.ALGORITHM
-    block_bytes: int = sums.BLOCK_BYTES
+    format: str
+    version: int
+    block_bytes: int
+    checksum: str
 
     def __post_init__(self) -> None:
         ranks, names = [i.rank for i in self.images], [i.name for i in self.images]
@@ -329,8 +329,9 @@ def make_manifest(index: Index, index_bytes: bytes, *, created_unix_s: float) ->
     images = [ImageFile(r, image_name(r), index.images[r].image_bytes) for r in range(index.world_size)]
     digest = hashlib.sha256(index_bytes).hexdigest()
     return Manifest(
-        index.job, index.attempt, index.step, index.world_size, images, IndexFile(INDEX_NAME, len(index_bytes), digest), created_unix_s
-    )
+        index.job, index.attempt, index.step, index.world_size, images, IndexFile(INDEX_NAME, len(index_bytes), digest), created_unix_s,
+        FORMAT, VERSION, sums.BLOCK_BYTES, sums.ALGORITHM,
+    )  # fmt: skip
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

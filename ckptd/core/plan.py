@@ -71,7 +71,7 @@ def plan_capture(declared: Mapping[int, Sequence[LeafDecl]]) -> dict[int, list[P
     for rank, piece in own:
         plan[rank].append(piece)
         load[rank] += piece.nbytes
-    cut: list[tuple[Piece, list[int]]] = []
+    shared: list[tuple[Piece, list[int]]] = []
     for name, boxes in holders.items():
         leaf = first[name][1]
         prove_tiles(name, leaf.shape, boxes)
@@ -85,14 +85,29 @@ def plan_capture(declared: Mapping[int, Sequence[LeafDecl]]) -> dict[int, list[P
                 plan[ranks[0]].append(whole)
                 load[ranks[0]] += whole.nbytes
             else:
-                worth = max(1, min(len(ranks), whole.nbytes // SPLIT_BYTES_MIN))
-                cut += [(Piece(name, leaf.dtype, leaf.shape, part, leaf.view), ranks) for part in box.split(worth)]
-    # Largest first to the least loaded of its holders: within a part's size of the optimum (Graham's longest processing time rule).
-    for piece, ranks in sorted(cut, key=lambda c: (-c[0].nbytes, c[0].name, c[0].box)):
-        rank = min(ranks, key=lambda r: (load[r], r))
-        plan[rank].append(piece)
-        load[rank] += piece.nbytes
+                shared.append((whole, ranks))
+    # Largest first (Graham's longest processing time rule), one part per holder: stock PyTorch reads one box of a tensor per file, and would
+    # silently leave out a second (`<name>#1`).
+    for whole, ranks in sorted(shared, key=lambda c: (-c[0].nbytes, c[0].name, c[0].box)):
+        shares = level({r: load[r] for r in ranks}, whole.nbytes)
+        for part, rank in zip(whole.box.cut([*shares.values()]), shares, strict=True):
+            if part.numel or whole.nbytes == 0:
+                piece = Piece(whole.name, whole.dtype, whole.shape, part, whole.view)
+                plan[rank].append(piece)
+                load[rank] += piece.nbytes
     return plan
+
+
+def level(load: Mapping[int, int], nbytes: int) -> dict[int, int]:
+    """Pour `nbytes` onto loads so that the fullest ends as low as can be: rank -> its share, none below SPLIT_BYTES_MIN (but for a single one)."""
+    ranks = sorted(load, key=lambda r: (load[r], r))[: max(1, nbytes // SPLIT_BYTES_MIN)]
+    while True:
+        surface = (nbytes + sum(load[r] for r in ranks)) // len(ranks)
+        if len(ranks) == 1 or surface - load[ranks[-1]] >= SPLIT_BYTES_MIN:
+            shares = {r: surface - load[r] for r in ranks}
+            shares[ranks[0]] += nbytes - sum(shares.values())
+            return shares
+        ranks.pop()
 
 
 def _check_agree(known_rank: int, known: LeafDecl, rank: int, leaf: LeafDecl) -> None:

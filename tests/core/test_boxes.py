@@ -61,16 +61,17 @@ def test_subtract_leaves_disjoint_boxes_that_are_exactly_the_rest(data):
 
 @CASES
 @given(st.data())
-def test_split_gives_nearly_equal_parts_that_tile_the_box(data):
+def test_cut_gives_parts_in_proportion_that_tile_the_box(data):
     shape = data.draw(shapes())
     box = data.draw(boxes_in(shape))
-    parts = box.split(data.draw(st.integers(0, 9)))
+    shares = data.draw(st.lists(st.integers(0, 1000), min_size=1, max_size=9).filter(sum))
+    parts = box.cut(shares)
+    assert len(parts) == (len(shares) if box.numel and box.extent else 1)
     assert (painted(shape, parts) == mask(shape, box)).all()
-    if box.numel:
-        longest = max(box.extent, default=1)
-        sizes = [p.numel for p in parts]
-        assert max(sizes) - min(sizes) <= box.numel // longest
-        assert min(sizes) > 0
+    if box.numel and len(shares) > 1 and box.extent:
+        row = box.numel // max(box.extent)
+        for part, share in zip(parts, shares, strict=True):
+            assert abs(part.numel - box.numel * share / sum(shares)) <= row
 
 
 @CASES
