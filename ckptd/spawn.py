@@ -35,10 +35,9 @@ def start_daemon(
         command = [sys.executable, "-S", "-c", _HAND_OVER, *map(str, high), "--", *command]
     try:
         with (path.parent / "daemon.log").open("ab") as log_file:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True, env=env, pass_fds=high
             )
-            return process
     finally:
         for fd in high:
             os.close(fd)

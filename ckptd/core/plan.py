@@ -66,26 +66,33 @@ def plan_capture(declared: Mapping[int, Sequence[LeafDecl]]) -> dict[int, list[P
                 held.setdefault(box, []).append(rank)
                 if leaf.digest:
                     _check_same(leaf, rank, digests.setdefault((leaf.name, box), (rank, leaf.digest)))
-    load = dict.fromkeys(sorted(declared), 0)
-    plan: dict[int, list[Piece]] = {rank: [] for rank in load}
+    plan: dict[int, list[Piece]] = {rank: [] for rank in sorted(declared)}
+    shared: list[tuple[Piece, list[int]]] = []
     for rank, piece in own:
         plan[rank].append(piece)
-        load[rank] += piece.nbytes
-    shared: list[tuple[Piece, list[int]]] = []
     for name, boxes in holders.items():
-        leaf = first[name][1]
-        prove_tiles(name, leaf.shape, boxes)
-        kept = {b: r for b, r in boxes.items() if b.numel}
-        if not kept:  # a tensor without elements still has a name, a dtype and a shape
-            box = min(boxes, default=Box.whole(leaf.shape))
-            kept = {box: boxes.get(box, [first[name][0]])}
-        for box, ranks in kept.items():
-            whole = Piece(name, leaf.dtype, leaf.shape, box, leaf.view)
+        for whole, ranks in _proven(first[name][1], boxes, first[name][0]):
             if len(ranks) == 1:
                 plan[ranks[0]].append(whole)
-                load[ranks[0]] += whole.nbytes
             else:
                 shared.append((whole, ranks))
+    _share(plan, shared)
+    return plan
+
+
+def _proven(leaf: LeafDecl, boxes: Mapping[Box, list[int]], someone: int) -> list[tuple[Piece, list[int]]]:
+    """The boxes of one tensor, proven to tile it, with their holders. A tensor without elements is kept too: it has a name, a dtype and a shape."""
+    prove_tiles(leaf.name, leaf.shape, boxes)
+    kept = {b: r for b, r in boxes.items() if b.numel}
+    if not kept:
+        box = min(boxes, default=Box.whole(leaf.shape))
+        kept = {box: boxes.get(box, [someone])}
+    return [(Piece(leaf.name, leaf.dtype, leaf.shape, box, leaf.view), ranks) for box, ranks in kept.items()]
+
+
+def _share(plan: dict[int, list[Piece]], shared: Sequence[tuple[Piece, list[int]]]) -> None:
+    """Give each shared box's holders their parts, so that the fullest rank ends as low as can be."""
+    load = {rank: sum(p.nbytes for p in pieces) for rank, pieces in plan.items()}
     # Largest first (Graham's longest processing time rule), one part per holder: stock PyTorch reads one box of a tensor per file, and would
     # silently leave out a second (`<name>#1`).
     for whole, ranks in sorted(shared, key=lambda c: (-c[0].nbytes, c[0].name, c[0].box)):
@@ -95,7 +102,6 @@ def plan_capture(declared: Mapping[int, Sequence[LeafDecl]]) -> dict[int, list[P
                 piece = Piece(whole.name, whole.dtype, whole.shape, part, whole.view)
                 plan[rank].append(piece)
                 load[rank] += piece.nbytes
-    return plan
 
 
 def level(load: Mapping[int, int], nbytes: int) -> dict[int, int]:
