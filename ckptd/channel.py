@@ -19,7 +19,8 @@ from typing import Any
 from ckptd.core import wire
 from ckptd.errors import BadArgument, DaemonUnreachable, PeerFailed
 
-READ_BYTES = 256 << 10
+READ_BYTES = 16 << 10
+"""Handled in one go: a client that floods its daemon with requests delays others by some hundred of them."""
 FDS_MAX = 64
 """Descriptors received and not yet claimed by a message; more is a flood."""
 QUEUE_BYTES_MAX = 64 << 20

@@ -376,7 +376,7 @@ class Daemon:
             self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", e)
             client.channel.send(wire.Refused(id=request.id, error="DaemonUnreachable", message=str(e)))
         except (ValueError, OverflowError) as e:  # numbers that cannot be: an arena of -1 bytes, a name with a NUL
-            self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", e)
+            self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", BadArgument(str(e)))
             client.channel.send(wire.Refused(id=request.id, error="BadArgument", message=str(e)))
 
     async def _hello(self, client: Client, m: wire.Hello) -> None:

@@ -182,6 +182,7 @@ class Peers:
                         await self._answer(writer, message)
                     case _:
                         return
+                await asyncio.sleep(0)  # a flood that is buffered already would keep the loop to itself
         except (OSError, PeerFailed, TimeoutError, asyncio.IncompleteReadError) as e:
             log.debug("a peer's connection ended: %s", e)
             writer.transport.abort()  # close() would wait for a peer that does not read

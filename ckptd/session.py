@@ -15,39 +15,34 @@ stopped, full, slow - costs snapshots, which are counted by reason in `status()`
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import random
 import re
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import msgspec
-import numpy as np
 import torch
-import xxhash
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.optim import Optimizer
 
 from ckptd import restore as restoring
 from ckptd import spawn, state
 from ckptd.arena import Arena
-from ckptd.capture import BATCH_BYTES, Batch, Capture, batches, copier_for, copy_batch, hash_of, pin, unpin
+from ckptd.binding import Binding, encode_objects
+from ckptd.capture import Capture, copier_for, copy_batch, hash_of, pin, unpin
 from ckptd.channel import socket_path
-from ckptd.core import slots, typed, wire
+from ckptd.core import slots, wire
 from ckptd.core.boxes import Box
-from ckptd.core.image import Layout, Piece, lay_out
+from ckptd.core.image import Piece
 from ckptd.core.ladder import Durable, Holding, Rung, rungs
-from ckptd.core.manifest import Index
-from ckptd.core.plan import LeafDecl, Want, local_name, mesh_digest, plan_capture
+from ckptd.core.plan import LeafDecl, mesh_digest, plan_capture
 from ckptd.errors import (
     BadArgument,
     Bug,
@@ -56,14 +51,13 @@ from ckptd.errors import (
     Lost,
     NotFound,
     NotRestored,
-    StateMismatch,
-    Unstorable,
     UserError,
 )
 from ckptd.link import Link
 from ckptd.meeting import Meeting, meeting_of
-from ckptd.state import Leaf, Obj
+from ckptd.state import Leaf, TrainState
 from ckptd.storage import absolute, checkpoint, open_store
+from ckptd.wanted import Asker, Wanted
 
 log = logging.getLogger("ckptd")
 
@@ -160,15 +154,6 @@ class _Place(msgspec.Struct, array_like=True):
     broken: list[str] = []
 
 
-@dataclass(slots=True)
-class _Bound:
-    """The capture plan bound to live tensors and one slot: built once per slot and layout, checked by identity per step."""
-
-    lazy: list[tuple[Leaf, Tensor, Tensor]] = field(default_factory=list)
-    eager: list[tuple[Leaf, Tensor, Tensor]] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)
-    cut: list[Batch] = field(default_factory=list)
-    identities: list[tuple[Leaf, Tensor | None, int]] = field(default_factory=list)
 
 
 class Session:
@@ -188,25 +173,20 @@ class Session:
         self.counts: Counter[str] = Counter()
         self.inert = ""
         """Why no snapshots are taken, if so."""
-        self.batch_bytes = BATCH_BYTES
         self._meeting = meeting
         self._models, self._optimizers, self._extras = models, optimizers, extras
         self._reached: dict[str, tuple[int, int]] = {}
         self._condition = threading.Condition()
         self._link = Link(socket_path(settings.directory), self._hello, self._on_notice)
         self._arena: Arena | None = None
-        self._layouts: dict[Any, tuple[Layout, dict[int, _Bound]]] = {}
         self._restored = False
         self._closed = False
         self._torn: set[str] = set()
         self._last: tuple[int, int] | None = None
         self._timings: dict[str, float] = {}
-        self._base: Tensor | None = None
         self._pinned = False
         self._place = _Place(0, "", 0, 1, [""], [])
         self._persist_asked: int | None = None
-        self._declared_names: set[str] = set()
-        self._mesh = ""
 
     # --- attach -------------------------------------------------------------------------------------------------------------
 
@@ -216,7 +196,7 @@ class Session:
         place = self._meeting.round("attach", msgspec.msgpack.encode(arrival), self._gather, self.settings.timeout_s)
         self._place = msgspec.msgpack.decode(place, type=_Place)
         self.attempt = self._place.attempt
-        self._copier = copier_for([t for leaf in self.leaves if (t := leaf.resolve()) is not None])
+        self._copier = copier_for([t for leaf in self._train.leaves if (t := leaf.resolve()) is not None])
         self._hooks = [
             hook
             for _, o in self._optimizers
@@ -227,33 +207,12 @@ class Session:
             self._go_inert(self._place.no_daemon)
 
     def _look(self) -> None:
-        """Find all leaves and objects. An error is kept for the meeting, so that every rank hears it."""
+        """Find the state, and try to encode its objects. An error is kept for the meeting, so that every rank hears it."""
         self._error: CkptdError | None = None
-        self.leaves: list[Leaf] = []
-        self.objects: list[Obj] = []
-        self.aliases: dict[str, str] = {}
-        self.coords: dict[str, int] = {"rank": self.rank}
-        self.complete = True
+        self._train = TrainState(coords={"rank": self.rank})
         try:
-            found = state.model_state(self._models, self.settings.local)
-            optims = [state.optimizer_state(prefix, o, found.fqns) for prefix, o in self._optimizers]
-            self.leaves = found.leaves + [leaf for o in optims for leaf in o.leaves]
-            self.objects = found.objects + state.merged([obj for o in optims for obj in o.objects])
-            self.objects += [state.extra_object(name, value) for name, value in self._extras.items()]
-            self.objects += state.rng_objects()
-            self.aliases = found.aliases
-            self.complete = all(o.complete for o in optims)
-            self._params = {
-                f"optim.{prefix}state.{found.fqns[id(p)]}.": (o, p)
-                for prefix, o in self._optimizers for g in o.param_groups for p in g["params"]
-            }  # fmt: skip
-            self.coords = state.coordinates((t for leaf in self.leaves if (t := leaf.resolve()) is not None), self.rank)
-            names = [leaf.name for leaf in self.leaves] + [obj.name for obj in self.objects]
-            doubled = sorted(n for n, count in Counter(names).items() if count > 1)
-            if doubled:
-                msg = f"{doubled[0]}: two parts of the state have this name"
-                raise Unstorable(msg, remedy="give several models or optimizers as a dict, so that their names differ")
-            self._encode_objects()
+            self._train = state.look(self._models, self._optimizers, self._extras, local=self.settings.local, rank=self.rank)
+            encode_objects(self._train.objects, self.rank)
         except CkptdError as e:
             self._error = e
 
@@ -322,15 +281,14 @@ class Session:
 
     def _plan(self) -> None:
         """Collective: who stores what, and memory for it. Again when the state's composition changed."""
-        declared = msgspec.msgpack.encode(([self._declare(leaf) for leaf in self.leaves], self.coords))
+        declared = msgspec.msgpack.encode(([self._declare(leaf) for leaf in self._train.leaves], self._train.coords))
         planned = self._meeting.round("plan", declared, self._plan_for_all, self.settings.timeout_s)
-        mine, names, self._mesh = msgspec.msgpack.decode(planned, type=tuple[list[_PieceMessage], list[str], str])
-        self._pieces = [Piece(p.name, p.dtype, p.shape, Box(*p.box), p.view) for p in mine]
-        self._declared_names = set(names)
-        self._by_name = {leaf.name: leaf for leaf in self.leaves} | {
-            local_name(leaf.name, self.rank): leaf for leaf in self.leaves if leaf.local
-        }
-        self._layouts.clear()
+        mine, names, mesh = msgspec.msgpack.decode(planned, type=tuple[list[_PieceMessage], list[str], str])
+        pieces = [Piece(p.name, p.dtype, p.shape, Box(*p.box), p.view) for p in mine]
+        job = self.settings.job
+        self._binding = Binding(pieces, self._train, job=job, rank=self.rank, world_size=self.world_size, torn=self._torn)
+        self._binding.use(self._arena)
+        self._asker = Asker(job, self.rank, self.world_size, mesh, frozenset(names))
         if self._place.no_daemon or self.inert:
             return
         trouble = self._join()
@@ -360,8 +318,7 @@ class Session:
 
     def _join(self) -> str:
         """Ask the daemon for memory; why not, if so."""
-        objects, arrays = self._encode_objects()
-        layout = self._lay_out(objects, arrays)
+        layout = self._binding.lay_out(*encode_objects(self._train.objects, self.rank))
         needed = layout.image_bytes + layout.header_bytes + SLACK_BYTES
         if self._arena is not None and self._arena.geometry.slot_bytes >= needed:
             return ""
@@ -378,7 +335,7 @@ class Session:
         arena.populate()
         self._arena = arena
         self._pinned = pin(arena.memory)
-        self._base = torch.frombuffer(arena.memory, dtype=torch.uint8)
+        self._binding.use(arena)
         self._link.rejoin_with(lambda i: self._join_request(i, 0), arena.fd)
         if self.rank == 0:
             log.info(
@@ -426,7 +383,7 @@ class Session:
             self._skip(step, "no daemon", tell=False)
             return False
         self._copier.fence()
-        if not self.complete and not self._complete_plan():
+        if not self._train.complete and not self._complete_plan():
             return False
         slot = self._free_slot()
         if slot is None:
@@ -456,14 +413,13 @@ class Session:
     def _complete_plan(self) -> bool:
         """The optimizer could not be asked for its state before its first step: it has taken it, so plan now (collective, once)."""
         self._look()
-        why = str(self._error) if self._error else "" if self.complete else "the optimizer's state cannot be known"
+        why = str(self._error) if self._error else "" if self._train.complete else "the optimizer's state cannot be known"
         try:
             if not why:
                 self._plan()
         except CkptdError as e:
             why = str(e)
         if why:
-            self.complete = True
             self.inert = why
             log.error("training goes on WITHOUT snapshots: %s", why)
         return not self.inert
@@ -479,18 +435,18 @@ class Session:
 
     def _fill(self, step: int, slot: int) -> None:
         arena = self._arena
-        if arena is None or self._base is None:
+        if arena is None:
             msg = "no arena"
             raise Bug(msg)
-        objects, arrays = self._encode_objects()
-        layout, bound = self._bound(slot, objects, arrays)
+        objects, arrays = encode_objects(self._train.objects, self.rank)
+        layout, bound = self._binding.bound(slot, objects, arrays)
         if bound.absent:
             objects["absent"] = {"policy": "absent", "value": [*bound.absent]}
         try:
             head = layout.render(attempt=self.attempt, step=step, objects=objects)
         except OverflowError:  # the objects have grown: make room in the header, once
-            self._layouts.clear()
-            layout, bound = self._bound(slot, objects, arrays)
+            self._binding.forget()
+            layout, bound = self._binding.bound(slot, objects, arrays)
             head = layout.render(attempt=self.attempt, step=step, objects=objects)
         header = arena.header(slot)
         seal = arena.seal(slot)
@@ -506,7 +462,7 @@ class Session:
         image = arena.image(slot, layout.image_bytes)
         image[: layout.header_bytes] = head
         with torch.no_grad():
-            places = {e.piece.name: self._at(slot, layout, e) for e in layout.entries if e.piece.name in arrays}
+            places = {e.piece.name: self._binding.at(slot, layout, e) for e in layout.entries if e.piece.name in arrays}
             copy_batch([*places.values()], [arrays[n] for n in places])
             copy_batch([d for _, d, _ in bound.eager], [s for _, _, s in bound.eager])
         flip_at, key = at, (self.attempt, step)
@@ -531,7 +487,7 @@ class Session:
         new = [n for n in torn if n not in self._torn]
         if new:
             self._torn.update(new)
-            self._layouts.clear()
+            self._binding.forget()
             log.warning("step %d: %s changed outside optimizer.step while it was copied: captured eagerly from now on", step, ", ".join(new[:5]))
         self._skip(step, "torn")
 
@@ -550,87 +506,6 @@ class Session:
         self._copier.fence()
         self._timings["fence_s"] = time.perf_counter() - began_s
 
-    # --- layout and binding -------------------------------------------------------------------------------------------------
-
-    def _encode_objects(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The objects as typed JSON, and the arrays that it refers to. Raises Unstorable with the path of what cannot be stored."""
-        arrays: dict[str, Tensor] = {}
-
-        def put(path: str, value: Any) -> tuple[str, str] | None:
-            if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.dtype.isnative:
-                kind, tensor = "ndarray", torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape).copy())
-            elif isinstance(value, Tensor) and value.layout == torch.strided:
-                kind, tensor = "tensor", state.local_of(value).clone()
-            else:
-                return None
-            name = f"object/{path}@r{self.rank}"
-            arrays[name] = tensor
-            return kind, name
-
-        return {o.name: {"policy": o.policy, "value": typed.encode(o.get(), o.name, put)} for o in self.objects}, arrays
-
-    def _lay_out(self, objects: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Layout:
-        pieces = [*self._pieces]
-        for name, tensor in arrays.items():
-            dtype = state.DTYPES.get(tensor.dtype)
-            stored = state.stored_view(tensor, "" if dtype else "bytes")
-            view = "" if dtype else str(tensor.dtype).removeprefix("torch.")
-            pieces.append(Piece(name, dtype or "U8", tuple(stored.shape), Box.whole(stored.shape), view))
-        size = len(json.dumps(objects))
-        return lay_out(
-            pieces, job=self.settings.job, rank=self.rank, world_size=self.world_size, coords=self.coords, aliases=self.aliases, objects_bytes=2 * size
-        )
-
-    def _bound(self, slot: int, objects: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> tuple[Layout, _Bound]:
-        """The layout for these arrays, and the plan bound to this slot; from the cache if every tensor is still the one it was."""
-        key = tuple((n, t.dtype, t.shape) for n, t in arrays.items())
-        layout, bounds = self._layouts.get(key) or self._layouts.setdefault(key, (self._lay_out(objects, arrays), {}))
-        if self._arena is None or layout.image_bytes > self._arena.geometry.slot_bytes:
-            msg = f"the objects have grown: an image of {layout.image_bytes} bytes does not fit a slot"
-            raise Unstorable(msg, remedy="attach again, or keep large objects out of `extras`")
-        bound = bounds.get(slot)
-        if bound is None or any(not _same(live, leaf.resolve(), pointer) for leaf, live, pointer in bound.identities):
-            bound = bounds[slot] = self._bind(slot, layout)
-        return layout, bound
-
-    def _bind(self, slot: int, layout: Layout) -> _Bound:
-        bound = _Bound()
-        seen: set[str] = set()
-        for entry in layout.entries:
-            leaf = self._by_name.get(entry.piece.name)
-            if leaf is None:
-                continue
-            live = leaf.resolve()
-            if leaf.name not in seen:
-                seen.add(leaf.name)
-                bound.identities.append((leaf, live, _pointer(live)))
-                if live is None:
-                    bound.absent.append(leaf.name)
-                else:
-                    _check_unchanged(leaf, live)
-            place = self._at(slot, layout, entry)
-            if live is None:
-                place.zero_()
-            elif entry.piece.box.numel:
-                source = state.stored_view(state.local_of(live), leaf.view)
-                for dim, (start, extent) in enumerate(zip(*_in_leaf(entry.piece.box, leaf), strict=True)):
-                    source = source.narrow(dim, start, extent)
-                eager = leaf.eager or leaf.name in self._torn
-                (bound.eager if eager else bound.lazy).append((leaf, place, source))
-        bound.cut = batches([d for _, d, _ in bound.lazy], [s for _, _, s in bound.lazy], self.batch_bytes)
-        return bound
-
-    def _at(self, slot: int, layout: Layout, entry: Any) -> Tensor:
-        """A piece's place in a slot, as a tensor."""
-        if self._arena is None or self._base is None:
-            msg = "no arena"
-            raise Bug(msg)
-        at = self._arena.geometry.image_at(slot) + layout.header_bytes + entry.begin
-        flat = self._base[at : at + entry.end - entry.begin]
-        place = flat.view(state.TORCH_DTYPES[entry.piece.dtype]).view(entry.piece.box.extent)
-        if entry.piece.view and entry.piece.name not in self._by_name:
-            return place.view(getattr(torch, entry.piece.view)).squeeze(-1)
-        return place
 
     # --- restore ------------------------------------------------------------------------------------------------------------
 
@@ -677,10 +552,10 @@ class Session:
         """One rung: stage, meet, apply. Returns why it failed, the same on all ranks, or raises what is the caller's to mend."""
         source: restoring.Source | None = None
         brought = _Staging()
-        work: _Work | None = None
+        work: Wanted | None = None
         try:
             source = self._open(rung, timeout_s)
-            work = _Work(self, source.index, strict=strict)
+            work = Wanted(self._train, self._asker, source.index, strict=strict)
             staged = restoring.stage(source, work.wants, work.array_wants, mine=self.rank)
             work.decode(staged.arrays)
             brought.unexpected = work.unexpected
@@ -766,8 +641,7 @@ class Session:
         if self._arena is not None:
             if self._pinned:
                 unpin(self._arena.memory)
-            self._layouts.clear()
-            self._base = None
+            self._binding.use(None)
             self._arena.close()
             self._arena = None
 
@@ -828,174 +702,9 @@ def _error_of(name: str, message: str, remedy: str) -> CkptdError:
     return kind(message, remedy=remedy)
 
 
-def _same(live: Tensor | None, now: Tensor | None, pointer: int) -> bool:
-    return live is now and _pointer(now) == pointer
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    """Where the local bytes are. (`to_local` would be the public way to a shard; it costs 20 us, for every tensor in every step.)"""
-    if tensor is None:
-        return 0
-    return tensor._local_tensor.data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()  # noqa: SLF001
 
-
-def _in_leaf(box: Box, leaf: Leaf) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Start and extent of a piece, counted in the local tensor. (A rank's own copy of a leaf is stored whole.)"""
-    inner = box.relative_to(leaf.box)
-    return inner.start, inner.extent
-
-
-def _check_unchanged(leaf: Leaf, live: Tensor) -> None:
-    stored = state.stored_view(state.local_of(live), leaf.view)
-    if tuple(stored.shape) != leaf.box.extent or state.DTYPES.get(stored.dtype) != leaf.dtype:
-        msg = f"{leaf.name}: it was {leaf.dtype}{list(leaf.box.extent)} here at attach, and is {stored.dtype} {list(stored.shape)} now"
-        raise Unstorable(msg, remedy="attach again after changing the model")
-
-
-class _Work:
-    """What one rank wants of one snapshot: tensors, arrays of objects, objects; decided before anything is touched."""
-
-    def __init__(self, session: Session, index: Index, *, strict: bool) -> None:
-        self._session, self._index = session, index
-        self.warnings: list[str] = []
-        self._same_mesh = mesh_digest([index.images[r].coords for r in range(index.world_size)]) == session._mesh  # noqa: SLF001  a part of it
-        self._absent = {n for i in index.images.values() for n in i.objects.get("absent", {}).get("value", [])}
-        self._leaves = [leaf for leaf in session.leaves if leaf.name not in self._absent]
-        if not session.complete:
-            self._leaves += self._saved_only({leaf.name for leaf in self._leaves})
-        named = [(self._saved_name(leaf), leaf) for leaf in self._leaves]
-        self.missing = sorted(name for name, _ in named if name not in index.tensors)
-        if not strict:
-            self._leaves = [leaf for name, leaf in named if name in index.tensors]
-        self.wants = [Want(self._saved_name(leaf), leaf.dtype, leaf.shape, leaf.box, leaf.view) for leaf in self._leaves]
-        known = session._declared_names | {leaf.name for leaf in self._leaves} | {o.name for o in session.objects}  # noqa: SLF001  a part of the session
-        saved = {re.sub(r"@r\d+$", "", n) for n in index.tensors if not n.startswith("object/")}
-        saved |= {n for n in index.images[0].objects if n != "absent" and not n.startswith("rng.")}
-        self.unexpected = sorted(saved - known - self._absent)
-        self._objects = self._choose_objects()
-        gone = sorted({o.name for o in session.objects if not o.name.startswith("rng.")} - {o.name for o, _ in self._objects})
-        self.missing += gone
-        if strict and (self.missing or self.unexpected):
-            parts = [f"missing: {', '.join(self.missing[:8])}"] * bool(self.missing)
-            parts += [f"unexpected: {', '.join(self.unexpected[:8])}"] * bool(self.unexpected)
-            msg = f"step {index.step} does not fit: " + "; ".join(parts)
-            raise StateMismatch(msg, remedy="pass strict=False to restore what fits")
-        references: list[str] = []
-        for _, values in self._objects:
-            for value in values:
-                typed.decode(value, lambda _kind, name: references.append(name))
-        self.array_wants = [self._array_want(n) for n in dict.fromkeys(references)]
-        self._values: list[tuple[Obj, list[Any]]] = []
-
-    def _saved_only(self, known: set[str]) -> list[Leaf]:
-        """Optimizer state that the snapshot has and an optimizer that could not be asked does not have yet."""
-        found = []
-        for name, info in self._index.tensors.items():
-            prefix, _, slot = name.rpartition(".")
-            owner = self._session._params.get(f"{prefix}.")  # noqa: SLF001  a part of the session
-            if owner is not None and name not in known and name not in self._absent:
-                leaf = state.saved_leaf(name, *owner, slot, info.dtype, info.shape, info.view)
-                found += [leaf] if leaf is not None else []
-        return found
-
-    def _saved_name(self, leaf: Leaf) -> str:
-        own = local_name(leaf.name, self._session.rank)
-        return own if leaf.local and self._same_mesh and own in self._index.tensors else leaf.name
-
-    def _array_want(self, name: str) -> Want:
-        info = self._index.tensors.get(name)
-        if info is None:
-            msg = f"{name}: an object refers to it and no image holds it"
-            raise StateMismatch(msg)
-        return Want(name, info.dtype, info.shape, Box.whole(info.shape), info.view)
-
-    def _choose_objects(self) -> list[tuple[Obj, list[Any]]]:
-        """Per object, the saved values that this rank needs: its own, one that all share, or all of them to merge."""
-        images = self._index.images
-        chosen: list[tuple[Obj, list[Any]]] = []
-        for obj in self._session.objects:
-            values = {r: i.objects[obj.name]["value"] for r, i in images.items() if obj.name in i.objects}
-            if not values:
-                continue
-            if self._same_mesh and self._session.rank in values:
-                chosen.append((obj, [values[self._session.rank]]))
-            elif obj.policy == "optimizer":
-                chosen.append((obj, [*values.values()]))
-            elif obj.policy == "rng":
-                self.warnings.append(f"{obj.name}: the mesh changed, reseeded from job, step and rank")
-                chosen.append((obj, []))
-            else:
-                chosen.append((obj, self._shared(obj, values)))
-        return chosen
-
-    def _shared(self, obj: Obj, values: Mapping[int, Any]) -> list[Any]:
-        first = next(iter(values.values()))
-        if all(_without_rank(v) == _without_rank(first) for v in values.values()):
-            return [first]
-        if obj.policy == "loader" and hasattr(obj.target, "reshard_state_dict"):
-            return [*values.values()]
-        msg = f"{obj.name}: its state differs between the {len(values)} ranks that saved it, and the mesh changed"
-        raise StateMismatch(
-            msg, remedy="give the object reshard_state_dict(states, rank=, world_size=) -> state, or restore on the mesh that saved it"
-        )
-
-    def decode(self, arrays: Mapping[str, Tensor]) -> None:
-        """Turn the chosen JSON into values; the last thing that can fail."""
-
-        def get(kind: str, name: str) -> Any:
-            tensor, view = arrays[name], self._index.tensors[name].view
-            if view:
-                tensor = tensor.view(getattr(torch, view)).squeeze(-1)
-            return tensor.numpy().copy() if kind == "ndarray" else tensor.clone()
-
-        self._values = [(obj, [typed.decode(v, get) for v in values]) for obj, values in self._objects]
-
-    def target(self, want: int) -> Tensor:
-        """The live tensor of a want, as stored; optimizer state is made if it does not exist yet."""
-        leaf = self._leaves[want]
-        live = leaf.resolve()
-        if live is None:
-            if leaf.like is None:
-                msg = f"{leaf.name} vanished between attach and restore"
-                raise Bug(msg)
-            live = leaf.like()
-        return state.stored_view(state.local_of(live), leaf.view)
-
-    def finish(self) -> None:
-        """Give every object its value; random states last, for loading others may draw."""
-        for obj, values in sorted(self._values, key=lambda v: v[0].policy == "rng"):
-            if obj.policy == "rng" and not values:
-                self._reseed(obj)
-            elif obj.policy == "optimizer" and obj.name.endswith("param_groups"):
-                obj.set([g for v in values for g in v])
-            elif obj.policy == "optimizer":
-                obj.set({fqn: s for v in values for fqn, s in v.items()})
-            elif len(values) > 1:
-                s = self._session
-                obj.set(obj.target.reshard_state_dict(values, rank=s.rank, world_size=s.world_size))
-            else:
-                obj.set(values[0])
-
-    def _reseed(self, obj: Obj) -> None:
-        s = self._session
-        seed = xxhash.xxh3_64_intdigest(f"{s.settings.job}/{self._index.step}/{s.rank}/{obj.name}".encode()) >> 1
-        match obj.target:
-            case torch.Generator():
-                obj.target.manual_seed(seed)
-            case random.Random():
-                obj.target.seed(seed)
-            case np.random.Generator():
-                obj.target.bit_generator.state = type(obj.target.bit_generator)(seed).state
-            case _:
-                state.reseed(seed)
-
-
-def _without_rank(value: Any) -> Any:
-    """An object's JSON without the rank in its references, to compare ranks."""
-    return re.sub(r"@r\d+", "", repr(value))
-
-
-# --- attach -----------------------------------------------------------------------------------------------------------------
 
 
 def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -475,3 +475,43 @@ def _ignore(_result: object) -> None:
 def _refill(target: dict[Any, Any], value: Mapping[Any, Any]) -> None:
     target.clear()
     target.update(value)
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """Everything of one rank that is captured. `complete`: all leaves are known; not so for an optimizer that cannot be asked for its state
+    before its first step. `params`: "optim.<prefix>state.<fqn>." -> (optimizer, parameter)."""
+
+    leaves: list[Leaf] = field(default_factory=list)
+    objects: list[Obj] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    coords: dict[str, int] = field(default_factory=dict)
+    complete: bool = True
+    params: dict[str, tuple[Optimizer, Tensor]] = field(default_factory=dict)
+
+
+def look(
+    models: Iterable[tuple[str, nn.Module]],
+    optimizers: Sequence[tuple[str, Optimizer]],
+    extras: Mapping[str, Any],
+    *,
+    local: Sequence[str],
+    rank: int,
+) -> TrainState:
+    """Find all leaves and objects of this rank. Raises Unstorable, by path."""
+    model = model_state(models, local)
+    optims = [optimizer_state(prefix, o, model.fqns) for prefix, o in optimizers]
+    leaves = model.leaves + [leaf for o in optims for leaf in o.leaves]
+    objects = model.objects + merged([obj for o in optims for obj in o.objects])
+    objects += [extra_object(name, value) for name, value in extras.items()] + rng_objects()
+    names = [leaf.name for leaf in leaves] + [obj.name for obj in objects]
+    doubled = sorted(n for n, count in Counter(names).items() if count > 1)
+    if doubled:
+        msg = f"{doubled[0]}: two parts of the state have this name"
+        raise Unstorable(msg, remedy="give several models or optimizers as a dict, so that their names differ")
+    params = {f"optim.{prefix}state.{model.fqns[id(p)]}.": (o, p) for prefix, o in optimizers for g in o.param_groups for p in g["params"]}
+    coords = coordinates((t for leaf in leaves if (t := leaf.resolve()) is not None), rank)
+    return TrainState(leaves, objects, model.aliases, coords, all(o.complete for o in optims), params)

@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "arena",
         "storage",
         "monitor",
-        "channel notify trace peers held capture state meeting link spawn restore",
+        "channel notify trace peers held capture state binding meeting link spawn restore wanted",
         "session launch standby",
         "daemon convert",
         "cli",
@@ -48,7 +48,7 @@ IMPURE = frozenset(
 """What core may not import: clocks, sockets, threads, files, processes, chance, devices; and whatever would bring them in by the back door."""
 IMPURE_CALLS = frozenset({"open", "print", "input"})
 
-TORCH = frozenset(f"ckptd.{name}" for name in "state capture restore session meeting launch standby integrations".split())
+TORCH = frozenset(f"ckptd.{name}" for name in "state binding capture restore wanted session meeting launch standby integrations".split())
 """Modules that may import torch. Everything else runs in the daemon or on a command line, which start without it."""
 
 UNSAFE_MODULES = frozenset({"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"})
@@ -58,7 +58,7 @@ MAY_RUN_CODE = {"ckptd.standby": {"exec", "runpy.run_module"}}
 
 LINES_MAX = 700
 LONG = {
-    "ckptd/session.py": (1150, "attach, step and restore are one protocol between the ranks; it has to be read as one"),
+    "ckptd/session.py": 800(1150, "attach, step and restore are one protocol between the ranks; it has to be read as one"),
     "ckptd/core/node.py": (800, "the life of a snapshot is one table and one machine, with its promises beside it"),
     "ckptd/daemon.py": (850, "one loop owns all state: splitting it would split the owner"),
 }

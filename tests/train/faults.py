@@ -57,7 +57,7 @@ def arm_capture(sessions, step: int, at: int, die) -> None:
     state = {"armed": False, "count": 0}
 
     def take(self, number):
-        self.batch_bytes = 0  # every tensor a batch of its own
+        self._binding.batch_bytes = 0  # every tensor a batch of its own
         self._copier.fence()
         state.update(armed=number == step, count=0)
         return real_take(self, number)

@@ -59,8 +59,8 @@ def test_a_copier_killed_at_any_tensor_leaves_the_step_before(place):
             session.step(start + 1)
             session._fence()
             Path(os.environ["CKPTD_DIR"], "..", "reached").write_text(str(start + 1))
-            session.batch_bytes = 0
-            session._layouts.clear()
+            session._binding.batch_bytes = 0
+            session._binding.forget()
             count, real = [0], capture.copy_batch
 
             def copy(places, sources):
@@ -106,7 +106,7 @@ def test_a_writer_beside_the_optimizer_tears_one_snapshot_and_is_named(place, ca
             real(places, sources)
 
         capture.copy_batch = slow
-        session.batch_bytes = 0
+        session._binding.batch_bytes = 0
         for step in (1, 2, 3):
             gate.clear()
             session.step(step)
