@@ -84,7 +84,11 @@ class Arena:
             if sealed != fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW:
                 msg = "this memory is not sealed against shrinking and growing"
                 raise BadImage(msg)
-            mapping = mmap.mmap(fd, info.st_size)
+            try:
+                mapping = mmap.mmap(fd, info.st_size)
+            except OSError as e:  # sealed against writing, for example
+                msg = f"this memory cannot be mapped: {e.strerror}"
+                raise BadImage(msg) from e
             return cls(fd, slots.read_descriptor(memoryview(mapping)), mapping)
         except BaseException:
             os.close(fd)

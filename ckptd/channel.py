@@ -19,12 +19,14 @@ from typing import Any
 from ckptd.core import wire
 from ckptd.errors import BadArgument, DaemonUnreachable, PeerFailed
 
-READ_BYTES = 16 << 10
-"""Handled in one go: a client that floods its daemon with requests delays others by some hundred of them."""
+READ_BYTES = 4 << 10
+"""Handled in one go: a client that floods its daemon with requests delays others by a hundred or two of them."""
 FDS_MAX = 64
 """Descriptors received and not yet claimed by a message; more is a flood."""
 QUEUE_BYTES_MAX = 64 << 20
 """Unsent bytes at which a peer counts as gone: four of the longest messages."""
+QUEUE_MESSAGES_MAX = 10_000
+"""And unsent messages: small ones cost more than their bytes."""
 SO_PEERPIDFD = 77
 """Linux 6.5; not in Python's socket module."""
 
@@ -105,7 +107,7 @@ class Pipe:
         """Queue a message; a descriptor is duplicated and stays the caller's. Raises PeerFailed if the peer reads nothing."""
         frame = wire.encode(message)
         self._out_bytes += len(frame)
-        if self._out_bytes > QUEUE_BYTES_MAX:
+        if self._out_bytes > QUEUE_BYTES_MAX or len(self._out) >= QUEUE_MESSAGES_MAX:
             msg = "the other end does not read"
             raise PeerFailed(msg)
         self._out.append((frame, None if fd is None else os.dup(fd)))

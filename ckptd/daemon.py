@@ -184,7 +184,7 @@ class Daemon:
             listener.bind(str(temporary))
         finally:
             os.umask(old)
-        listener.listen(128)
+        listener.listen(1024)
         listener.setblocking(False)  # noqa: FBT003  the socket module's own signature
         temporary.rename(path)
         return listener
@@ -282,11 +282,16 @@ class Daemon:
             client.pidfd = pidfd_of(client.channel.pipe.sock, client.pid)
             asyncio.get_running_loop().add_reader(client.pidfd, self._died, client)
 
+    @staticmethod
+    def _unwatch(client: Client) -> None:
+        if client.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(client.pidfd)
+            os.close(client.pidfd)
+            client.pidfd = -1
+
     def _died(self, client: Client) -> None:
         client.alive = False
-        asyncio.get_running_loop().remove_reader(client.pidfd)
-        os.close(client.pidfd)
-        client.pidfd = -1
+        self._unwatch(client)
         client.channel.close("its process died")
         self._gone(client)
 
@@ -295,6 +300,8 @@ class Daemon:
         if client.arena is not None:
             self.parted.add(client)
             self._scan(client.arena)
+        else:
+            self._unwatch(client)
 
     def _gone(self, client: Client) -> None:
         """The process is dead: its memory is ours alone again."""
@@ -460,7 +467,9 @@ class Daemon:
                 for other in others:  # an earlier connection of the same process
                     if other.arena is held:
                         other.arena = None
-                        self.parted.discard(other)
+                        if other in self.parted:
+                            self.parted.discard(other)
+                            self._unwatch(other)
                 if m.image_bytes > 0 and client.arena is not held:
                     self.arenas.void_torn(held)  # its last owner died, perhaps while no daemon was there to see it
                 return held, ""

@@ -26,6 +26,7 @@ from ckptd.errors import BadImage
 
 PAGE_BYTES = 4096
 MAGIC = b"CKPTDAR1"
+NAME_CHARS_MAX = 64
 SLOTS_MIN = 2
 SLOTS_MAX = 8
 
@@ -155,6 +156,9 @@ def read_descriptor(memory: memoryview) -> Descriptor:
     except (msgspec.MsgspecError, ValueError) as e:
         msg = f"arena descriptor: {e}"
         raise BadImage(msg) from e
+    if not (descriptor.arena.isascii() and descriptor.arena.isalnum() and len(descriptor.arena) <= NAME_CHARS_MAX):
+        msg = f"{descriptor.arena[:NAME_CHARS_MAX]!r} is no name of an arena"  # it goes into messages to the service manager
+        raise BadImage(msg)
     if geometry.arena_bytes != len(memory):
         msg = f"arena of {len(memory)} bytes, its descriptor says {geometry.arena_bytes}"
         raise BadImage(msg)

@@ -79,7 +79,7 @@ def hostile_memories():
     yield "magic only", memoryview(slots.MAGIC + bytes(2 * PAGE))
     for name, change in {
         "no slots": {"slots": 0}, "nine slots": {"slots": 9}, "negative": {"slots": -2}, "negative bytes": {"slot_bytes": -PAGE}, "odd": {"slot_bytes": 1},
-        "huge": {"slot_bytes": 1 << 62}, "beyond": {"slot_bytes": (1 << 64) - PAGE}, "text": {"rank": "0"}, "float": {"slots": 2.5},
+        "huge": {"slot_bytes": 1 << 62}, "beyond": {"slot_bytes": (1 << 64) - PAGE}, "text": {"rank": "0"}, "name": {"arena": "x\nMAINPID=1"}, "no name": {"arena": ""}, "long name": {"arena": "a" * 65}, "float": {"slots": 2.5},
     }.items():  # fmt: skip
         yield name, forged(pack(good | change))
     yield "other size", forged(pack(good), Geometry(2, PAGE).arena_bytes + PAGE)

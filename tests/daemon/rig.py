@@ -290,25 +290,30 @@ class Rig:
 
 @contextlib.contextmanager
 def latency(directory: Path) -> Iterator[list[float]]:
-    """Another client asks for the status all the while; the list fills with its waiting times in seconds."""
-    import threading
-
+    """Another process asks for the status all the while; at the end the list has its waiting times in seconds."""
+    read, write = os.pipe()
+    stop_read, stop_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(stop_write)
+            client = Client(directory)
+            waited = []
+            while not select.select([stop_read], [], [], 0.002)[0]:
+                began = time.perf_counter()
+                client.status()
+                waited.append(time.perf_counter() - began)
+            with open(write, "w") as out:
+                out.write(",".join(map(repr, waited)))
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.close(stop_read)
     times: list[float] = []
-    stop = threading.Event()
-    client = Client(directory)
-
-    def ask() -> None:
-        while not stop.is_set():
-            began = time.perf_counter()
-            client.status()
-            times.append(time.perf_counter() - began)
-            time.sleep(0.002)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
     try:
         yield times
     finally:
-        stop.set()
-        thread.join(10)
-        client.close()
+        os.close(stop_write)
+        with open(read) as answer:
+            times += [float(t) for t in answer.read().split(",") if t]
+        os.waitpid(pid, 0)
