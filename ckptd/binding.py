@@ -27,6 +27,9 @@ from ckptd.core.plan import local_name
 from ckptd.errors import Bug, Unstorable
 from ckptd.state import Leaf, Obj, TrainState
 
+LAYOUTS_MAX = 4
+"""Layouts kept: objects whose arrays change shape in every step make a new one each time."""
+
 
 @dataclass(slots=True)
 class Bound:
@@ -42,14 +45,18 @@ class Bound:
 def encode_objects(objects: Sequence[Obj], rank: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The objects as typed JSON, and the arrays that it refers to. Raises Unstorable with the path of what cannot be stored."""
     arrays: dict[str, Tensor] = {}
+    taken: set[str] = set()
 
     def put(path: str, value: Any) -> tuple[str, str] | None:
         if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.dtype.isnative:
             kind, tensor = "ndarray", torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape).copy())
-        elif isinstance(value, Tensor) and value.layout == torch.strided:
-            kind, tensor = "tensor", state.local_of(value).clone()
+        elif isinstance(value, Tensor) and value.layout == torch.strided and not isinstance(value, DTensor):
+            kind, tensor = "tensor", value.detach().clone()
         else:
             return None
+        while path in taken:  # {"a.b": t, "a": {"b": u}} spells one path twice
+            path += "~"
+        taken.add(path)
         name = f"object/{path}@r{rank}"
         arrays[name] = tensor
         return kind, name
@@ -97,6 +104,8 @@ class Binding:
     def bound(self, slot: int, objects: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> tuple[Layout, Bound]:
         """The layout for these arrays, and the plan bound to this slot; from the cache if every tensor is still the one it was."""
         key = tuple((n, t.dtype, t.shape) for n, t in arrays.items())
+        if key not in self._layouts and len(self._layouts) >= LAYOUTS_MAX:
+            self._layouts.clear()
         layout, bounds = self._layouts.get(key) or self._layouts.setdefault(key, (self.lay_out(objects, arrays), {}))
         if self._arena is None or layout.image_bytes > self._arena.geometry.slot_bytes:
             msg = f"the objects have grown: an image of {layout.image_bytes} bytes does not fit a slot"

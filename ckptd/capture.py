@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +26,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+log = logging.getLogger("ckptd.capture")
+
+FAILED = "the copy itself failed"
+"""Stands where names of torn tensors stand."""
 BATCH_BYTES = 64 << 20
 """Copied in one call: a few milliseconds, so that a fence or a close never waits for more than it needs."""
 
@@ -49,6 +55,7 @@ class Capture:
     digests: list[int] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
     event: torch.cuda.Event | None = None
+    verdict: list[str] | None = None
 
     def arm(self) -> None:
         """Note what the guard compares with; on the trainer's thread, before it goes on."""
@@ -105,11 +112,16 @@ class CpuCopier:
         self._current = capture
         self._queue.put(capture)
 
-    def fence(self) -> None:
-        """Nothing is read from the sources any more when this returns."""
-        if self._current is not None:
-            self._current.done.wait()
-            self._current = None
+    def fence(self, timeout_s: float | None = None) -> bool:
+        """Nothing is read from the sources any more when this returns True. False: the deadline passed.
+
+        Without a deadline it waits for as long as the copier lives: it is our own copy of our own memory.
+        """
+        current = self._current
+        return current is None or _join(current, self._thread, timeout_s)
+
+    join = fence
+    """On the CPU the fence is the end of the copy; see CudaCopier."""
 
     def close(self) -> None:
         """End the thread after what it is doing."""
@@ -118,31 +130,21 @@ class CpuCopier:
 
     def _run(self) -> None:
         while (capture := self._queue.get()) is not None:
-            self._copy(capture)
+            _settle(capture, lambda c=capture: self._copy(c))  # type: ignore[misc]
             del capture  # an idle thread must not keep the last snapshot's tensors alive
 
-    def _copy(self, capture: Capture) -> None:
-        torn = ["the copy itself failed"]
-        try:
-            with torch.no_grad():
-                for places, sources in capture.cut:
-                    copy_batch(places, sources)
-            torn = capture.torn()
-        finally:
-            self._settle(capture, torn)
-
     @staticmethod
-    def _settle(capture: Capture, torn: list[str]) -> None:
-        """Flip the slot before the fence opens: once an update has begun, the step before it is safe."""
-        try:
-            capture.finish(torn)
-        finally:
-            capture.done.set()
+    def _copy(capture: Capture) -> list[str]:
+        with torch.no_grad():
+            for places, sources in capture.cut:
+                copy_batch(places, sources)
+        return capture.torn()
 
 
 class CudaCopier:
     """A side stream that copies device tensors into pinned memory, and a thread that waits for its events.
 
+    The guard's verdict is taken by the fence, on the host, before the update is enqueued: the thread would see the update's own writes.
     Not run on this project's CPU machines; `tests/gpu` holds its tests.
     """
 
@@ -151,6 +153,7 @@ class CudaCopier:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._queue: queue.SimpleQueue[Capture | None] = queue.SimpleQueue()
         self._current: Capture | None = None
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="ckptd-copier", daemon=True)
         self._thread.start()
 
@@ -166,28 +169,63 @@ class CudaCopier:
         self._current = capture
         self._queue.put(capture)
 
-    def fence(self) -> None:
-        """The compute stream waits for the copies; the host does not."""
-        current, self._current = self._current, None
+    def fence(self, timeout_s: float | None = None) -> bool:  # noqa: ARG002  the host never waits here
+        """The compute stream waits for the copies; the host does not. What the guard has seen until now is its verdict."""
+        current = self._current
         if current is not None and current.event is not None:
             torch.cuda.current_stream(self._device).wait_event(current.event)
+            self._judge(current)
+        return True
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """The copies are done and the slot is flipped when this returns True. False: the deadline passed."""
+        current = self._current
+        return current is None or _join(current, self._thread, timeout_s)
 
     def close(self) -> None:
         """End the thread after what it is doing."""
         self._queue.put(None)
         self._thread.join(timeout=5.0)
 
+    def _judge(self, capture: Capture) -> list[str]:
+        with self._lock:
+            if capture.verdict is None:
+                capture.verdict = capture.torn()
+            return capture.verdict
+
     def _run(self) -> None:
         while (capture := self._queue.get()) is not None:
-            torn = ["the copy itself failed"]
-            try:
-                if capture.event is not None:
-                    capture.event.synchronize()
-                torn = capture.torn()
-            finally:
-                capture.done.set()
-                capture.finish(torn)
+            _settle(capture, lambda c=capture: self._wait(c))  # type: ignore[misc]
             del capture
+
+    def _wait(self, capture: Capture) -> list[str]:
+        if capture.event is not None:
+            capture.event.synchronize()
+        return self._judge(capture)
+
+
+def _settle(capture: Capture, work: Callable[[], list[str]]) -> None:
+    """Copier's thread: do the work, finish the capture, open the fence - in this order, so that once an update has begun the step before it is
+    safe - and survive whatever happens: a dead copier would hang the next fence."""
+    try:
+        try:
+            torn = work()
+        except Exception:
+            log.exception("a copy failed; its snapshot is void")
+            torn = [FAILED]
+        capture.finish(torn)
+    except Exception:
+        log.exception("a capture could not be finished")
+    finally:
+        capture.done.set()
+
+
+def _join(capture: Capture, thread: threading.Thread, timeout_s: float | None) -> bool:
+    until_s = None if timeout_s is None else time.monotonic() + timeout_s
+    while not capture.done.wait(0.5 if until_s is None else max(0.0, min(0.5, until_s - time.monotonic()))):
+        if not thread.is_alive() or (until_s is not None and time.monotonic() >= until_s):
+            return not thread.is_alive()
+    return True
 
 
 Copier = CpuCopier | CudaCopier

@@ -49,6 +49,10 @@ TICK_S = 0.5
 SETTLE_TIMEOUT_S = 30.0
 """How long a Welcome waits for checksums of images that were complete when their trainers died: 30 s are 500 GB here."""
 ERRORS_KEPT = 50
+ACTIVE_S = 5.0
+"""A rank that filled a slot within this time is at work."""
+LINGER_ASKED_S = 60.0
+"""A daemon without a linger time that was asked to leave while others use it goes this long after the last of them."""
 POOL_NICE = 5
 """Byte work yields to training: it has until the next step's fence, training has no time at all."""
 
@@ -89,6 +93,8 @@ class Client:
     attempt: int = 0
     arena: arena.Arena | None = None
     alive: bool = True
+    filled_s: float = float("-inf")
+    """When it last filled a slot."""
 
 
 @dataclass(slots=True)
@@ -116,11 +122,15 @@ class Daemon:
         self.guests: dict[tuple[str, int, int, int], Guest] = {}
         self.tiers: dict[str, Tier] = {}
         self.written: dict[tuple[str, int, int], dict[int, bytes]] = {}
+        self.verifying: dict[node.SlotRef, asyncio.Lock] = {}
         self.busy: Counter[str] = Counter()
         self.errors: deque[str] = deque(maxlen=ERRORS_KEPT)
         self.error_count = 0
         self.started_s = self.idle_since_s = time.monotonic()
+        self.linger_s = settings.linger_s
         self._pool = ThreadPoolExecutor(settings.threads, "ckptd-bytes", initializer=_be_nice)
+        self._store_pool = ThreadPoolExecutor(settings.threads, "ckptd-store", initializer=_be_nice)
+        """Apart from the other: a store that hangs must not keep checksums and restores waiting."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._settled = asyncio.Event()
         self._leave = asyncio.Event()
@@ -172,6 +182,7 @@ class Daemon:
             for task in [*self._tasks]:
                 task.cancel()
             self._pool.shutdown(wait=False, cancel_futures=True)
+            self._store_pool.shutdown(wait=False, cancel_futures=True)
             os.close(lock)
 
     def _listen(self, path: Path) -> socket.socket:
@@ -203,7 +214,7 @@ class Daemon:
             self._collect()
             if self.clients:
                 self.idle_since_s = now_s
-            elif 0 < self.settings.linger_s < now_s - self.idle_since_s:
+            elif 0 < self.linger_s < now_s - self.idle_since_s:
                 log.info("nobody was here for %.0f s: leaving", self.settings.linger_s)
                 return
 
@@ -335,6 +346,7 @@ class Daemon:
     def _notice(self, client: Client, message: Any, fd: int | None) -> None:
         match message:
             case wire.Filled():
+                client.filled_s = time.monotonic()
                 held = client.arena
                 header = held.header(message.slot) if held is not None and 0 <= message.slot < held.geometry.slots else None
                 if held is not None and header is not None and header.gen == message.gen and header.state == slots.FILLED:
@@ -373,7 +385,7 @@ class Daemon:
                     client.channel.send(wire.Report(id=request.id, status=self.status()))
                 case wire.Shutdown():
                     client.channel.send(wire.Done(id=request.id))
-                    self._leave.set()
+                    self._asked_to_leave()
                 case _:
                     client.channel.close(f"unexpected {type(request).__name__}")
         except CkptdError as e:
@@ -385,6 +397,14 @@ class Daemon:
         except (ValueError, OverflowError) as e:  # numbers that cannot be: an arena of -1 bytes, a name with a NUL
             self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", BadArgument(str(e)))
             client.channel.send(wire.Refused(id=request.id, error="BadArgument", message=str(e)))
+
+    def _asked_to_leave(self) -> None:
+        """At once, unless other jobs are here."""
+        if len(self.arenas) or any(c.role == "rank" for c in self.clients):
+            log.info("asked to leave, but other jobs are here: lingering")
+            self.linger_s = self.settings.linger_s or LINGER_ASKED_S
+        else:
+            self._leave.set()
 
     async def _hello(self, client: Client, m: wire.Hello) -> None:
         if m.protocol != wire.PROTOCOL:
@@ -431,14 +451,17 @@ class Daemon:
             why = f"rank {m.rank} of job {m.job!r} did not say Hello here"
         elif known is not None and m.attempt < known.attempt:
             why = f"attempt {m.attempt} of job {m.job!r} is over: attempt {known.attempt} has begun"
+        elif (other := self._alive_elsewhere(client, m.attempt)) is not None:
+            why = f"rank {m.rank} of job {m.job!r} is alive already, as process {other}: two runs must not share a job's name"
         elif not 0 <= m.node < len(m.peers) or not 0 <= m.rank < m.world_size or not 1 <= m.local_count <= m.world_size or m.image_bytes < 0:
             why = f"rank {m.rank} of {m.world_size}, {m.local_count} here, node {m.node} of {len(m.peers)}, {m.image_bytes} bytes: this cannot be"
         if why:
             if fd is not None:
                 os.close(fd)
             raise BadArgument(why)
-        if (known is None or m.attempt > known.attempt) and self.ahead.pop(m.job, None) is None:
-            self.arenas.forget_verified()
+        if known is None or m.attempt > known.attempt:
+            self._verify_ahead(m.job)  # beside granting and mapping of memory; if a death has begun it, there is nothing to do
+            self.ahead.pop(m.job, None)
         client.attempt = m.attempt
         if fd is not None:
             self._adopt(fd, f"handed back by rank {m.rank}")
@@ -455,6 +478,18 @@ class Daemon:
             ),
             None if m.image_bytes == 0 else held.fd,
         )
+        known = self.node.jobs.get(m.job)
+        if fd is not None and known is not None and known.committed is not None:  # what a successor knows and the rank may have missed
+            client.channel.send(wire.Reached(attempt=known.committed[0], step=known.committed[1], state=node.COMMITTED))
+
+    def _alive_elsewhere(self, client: Client, attempt: int) -> int | None:
+        """The pid of another process that is this rank of this job: of the same attempt, or taking snapshots just now. (A stopped zombie of an
+        older attempt must not keep its successor out.)"""
+        for other in self.clients:
+            same = (other.job, other.rank) == (client.job, client.rank) and other.arena is not None and other.alive
+            if same and other.pid != client.pid and (attempt <= other.attempt or time.monotonic() - other.filled_s < ACTIVE_S):
+                return other.pid
+        return None
 
     async def _arena_for(self, client: Client, m: wire.Join) -> tuple[arena.Arena, str]:
         """The rank's own memory of the last attempt if it fits and nobody lives in it, else new memory."""
@@ -511,6 +546,7 @@ class Daemon:
             guest = self.guests.get(key)  # another rank may have been faster
             if guest is None:
                 guest = self.guests[key] = Guest.of(_image_id(m), m.node, about.image_bytes, about.digests)
+        guest.node = m.node  # nodes are numbered anew in each attempt
         client.channel.send(
             wire.Opened(id=m.id, image=_image_id(m), offset=0, image_bytes=guest.image_bytes, digests=guest.digests), guest.fd
         )
@@ -532,10 +568,15 @@ class Daemon:
         client.channel.send(wire.Done(id=m.id))
 
     async def _verify(self, ref: node.SlotRef, image_bytes: int, blocks: Iterable[int]) -> None:
-        wanted = self.arenas.unverified(ref, blocks)
-        if wanted:
+        self.verifying = {r: lock for r, lock in self.verifying.items() if lock.locked() or r == ref}
+        async with self.verifying.setdefault(ref, asyncio.Lock()):  # who comes second finds it done
+            wanted = self.arenas.unverified(ref, blocks)
+            if not wanted:
+                return
             image, digests = self.arenas.image(ref, image_bytes), self.arenas.digests(ref)
-            await self._in_pool(partial(verify_blocks, f"slot {ref.slot} of {ref.arena}", image, digests, wanted))
+            what = f"slot {ref.slot} of {ref.arena}"
+            shares = [wanted[i :: self.settings.threads] for i in range(min(len(wanted), self.settings.threads))]
+            await asyncio.gather(*(self._in_pool(partial(verify_blocks, what, image, digests, share)) for share in shares))
             self.arenas.verified(ref, wanted)
 
     async def _fetch(self, key: tuple[str, int, int, int], blocks: Iterable[int]) -> None:
@@ -656,7 +697,7 @@ class Daemon:
             msg = f"job {a.job!r} has no durable tier"
             raise BadArgument(msg, remedy="give one: attach(store=...), or ckptd run --store")
         held = {rank: (self.arenas.image(ref, size), self.arenas.digests(ref)) for rank, ref, size in a.refs}
-        await self._in_pool(partial(_write_images, url, a.job, a.step, a.attempt, held))
+        await self._in_store_pool(partial(_write_images, url, a.job, a.step, a.attempt, held))
         self.written.setdefault((a.job, a.attempt, a.step), {}).update({r: d for r, (_, d) in held.items()})
         self._event(node.ImagesWritten(a.job, a.attempt, a.step))
 
@@ -664,9 +705,9 @@ class Daemon:
         tier = self._tier(a.job)
         digests = self.written.pop((a.job, a.attempt, a.step), {})
         work = partial(_write_manifest, tier.url, a.job, a.step, a.attempt, a.world_size, digests, time.time())
-        tier.last = await self._in_pool(work)
+        tier.last = await self._in_store_pool(work)
         self._event(node.Persisted(a.job, a.attempt, a.step))
-        retain = self._in_pool(partial(_retain, tier.url, a.job, tier.retention, tier.last))
+        retain = self._in_store_pool(partial(_retain, tier.url, a.job, tier.retention, tier.last))
         await self._guarded(f"deleting old checkpoints of job {a.job}", retain)  # no failure of this step: it is persisted
 
     def _tier(self, job: str) -> Tier:
@@ -756,6 +797,9 @@ class Daemon:
 
     async def _in_pool(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def _in_store_pool(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._store_pool, work)
 
     def _start(self, work: Any) -> None:
         task = asyncio.create_task(work)

@@ -42,6 +42,8 @@ from ckptd.trace import mark
 log = logging.getLogger("ckptd.launch")
 
 PING_S = 2.0
+PERSIST_WAIT_S = 1800.0
+"""A finished job waits this long for its last checkpoint: half an hour is 1 TB per node at 0.6 GB/s."""
 HUNG_S = 20.0
 """A daemon of ours that answers nothing for this long is killed and replaced; its memory is ours too."""
 FOREIGN_DAEMON_S = 5.0
@@ -82,20 +84,38 @@ class Keeper:
             os.eventfd_write(self._wake, 1)
         self._thread.join(5.0)
         if forget:
+            self._await_persisted()
             with contextlib.suppress(CkptdError, OSError):
                 _ask(self._path, wire.Forget(id=2, job=self._job))
                 if self._process is not None:
                     _ask(self._path, wire.Shutdown(id=2))
-                    self._process.wait(5.0)
+                    with contextlib.suppress(subprocess.TimeoutExpired):  # others may use it: then it stays for them
+                        self._process.wait(5.0)
+                    spawn.leave(self._process)
         for fd in self._arenas.values():
             os.close(fd)
         self._arenas.clear()
+
+    def _await_persisted(self) -> None:
+        """The ranks are gone; what they asked to be persisted may still be on its way to the disk."""
+        began_s = said_s = time.monotonic()
+        while time.monotonic() - began_s < PERSIST_WAIT_S:
+            try:
+                job = _ask(self._path, wire.Status(id=2)).status["jobs"].get(self._job)
+            except (CkptdError, OSError, EOFError):
+                return
+            if job is None or not any(s["persisting"] for s in job["snapshots"]):
+                return
+            if time.monotonic() - said_s > PING_S:
+                said_s = time.monotonic()
+                log.info("waiting for the last checkpoint to be written (%.0f s)", said_s - began_s)
+            time.sleep(0.1)
+        log.error("the last checkpoint was not written within %.0f s", PERSIST_WAIT_S)
 
     def _ensure_daemon(self, timeout_s: float) -> None:
         try:
             connect(self._path, 2.0).close()
         except DaemonUnreachable:
-            self._path.unlink(missing_ok=True)
             self._process = spawn.start_daemon(self._directory, linger_s=self._linger_s, arenas=[*self._arenas.values()], options=self._options)
             spawn.await_socket(self._path, timeout_s)
 

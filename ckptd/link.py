@@ -120,6 +120,8 @@ class Link:
                 self._talk(pipe)
             except (EOFError, OSError, CkptdError) as e:
                 log.debug("the daemon's line broke: %s", e)
+            except Exception:
+                log.exception("the line to the daemon failed")
             self.connected = False
             self._tells.clear()
             pipe.close()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Protocol
 
 import msgspec
+import xxhash
 
 from ckptd import errors
 from ckptd.errors import CkptdError, PeerFailed, RanksMissing
@@ -21,7 +22,8 @@ from ckptd.errors import CkptdError, PeerFailed, RanksMissing
 Decide = Callable[[list[bytes]], list[bytes]]
 """What the ranks brought, by rank -> what each takes home. Runs on rank 0."""
 
-_meetings = itertools.count()
+_meetings: dict[str, Iterator[int]] = {}
+"""Meetings held so far, by the ranks of the group: two groups of one process must not count each other's."""
 
 
 class _Outcome(msgspec.Struct, array_like=True):
@@ -114,5 +116,8 @@ def meeting_of(group: Any = None) -> Meeting:
         return Alone()
     store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  the group's store has no public name
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    prefix = dist.distributed_c10d.PrefixStore(f"ckptd/{restart}/{next(_meetings)}", store)
+    members = ",".join(map(str, dist.get_process_group_ranks(group)))
+    number = next(_meetings.setdefault(members, itertools.count()))
+    name = f"ckptd/{restart}/{xxhash.xxh3_64_hexdigest(members.encode())}/{number}"
+    prefix = dist.distributed_c10d.PrefixStore(name, store)
     return StoreMeeting(prefix, dist.get_rank(group), dist.get_world_size(group))

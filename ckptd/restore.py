@@ -22,8 +22,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ckptd.capture import copy_batch
-from ckptd.core import checksum, wire
+from ckptd.arena import Arena
+from ckptd.capture import batches, copy_batch
+from ckptd.core import checksum, slots, wire
 from ckptd.core.boxes import Box
 from ckptd.core.image import Image, header_bytes_of, parse
 from ckptd.core.ladder import Rung
@@ -37,6 +38,8 @@ from ckptd.storage import Store, checkpoint
 READ_BYTES = 8 << 20
 """One read of the durable tier (DESIGN section 7's measurement: O_DIRECT or not, 8 MiB saturate the disk)."""
 READERS = 2
+THREADED_BYTES_MIN = 16 << 20
+"""Below this a copy is over before a thread has begun."""
 MAP_NORESERVE = 0x4000
 """Not in the mmap module of Python 3.11; the same number on x86-64 and ARM64."""
 
@@ -58,7 +61,9 @@ class Source(Protocol):
 
 @dataclass(eq=False, slots=True)
 class _Mapped:
-    mapping: mmap.mmap
+    memory: memoryview
+    mapping: mmap.mmap | None
+    """None: our own arena, which stays mapped."""
     offset: int
     name: str
     image_bytes: int
@@ -68,8 +73,9 @@ class _Mapped:
 class MemorySource:
     """A snapshot in the daemons' memory."""
 
-    def __init__(self, link: Link, job: str, rung: Rung, timeout_s: float) -> None:
+    def __init__(self, link: Link, job: str, rung: Rung, own: Arena | None, timeout_s: float) -> None:
         self._link = link
+        self._own = own
         self._timeout_s = timeout_s
         self._mapped: dict[int, _Mapped] = {}
         try:
@@ -94,14 +100,17 @@ class MemorySource:
             if opened.offset + opened.image_bytes > size:
                 msg = f"image of rank {rank} does not lie in its memory of {size} bytes"
                 raise BadImage(msg)
+            if self._own is not None and os.path.samestat(os.fstat(fd), os.fstat(self._own.fd)):
+                # Our own arena is mapped and populated since the join: faulting its pages in again and unmapping them cost as much as the copy.
+                return _Mapped(self._own.memory, None, opened.offset, opened.image, opened.image_bytes, opened.digests)
             # Private and writable, for torch has no read-only tensors; nothing is ever written, so no page is copied.
             mapping = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE | MAP_NORESERVE)
         finally:
             os.close(fd)
-        return _Mapped(mapping, opened.offset, opened.image, opened.image_bytes, opened.digests)
+        return _Mapped(memoryview(mapping), mapping, opened.offset, opened.image, opened.image_bytes, opened.digests)
 
     def _parse(self, mapped: _Mapped) -> Image:
-        view = memoryview(mapped.mapping)[mapped.offset : mapped.offset + mapped.image_bytes]
+        view = mapped.memory[mapped.offset : mapped.offset + mapped.image_bytes]
         self._ensure(mapped, [(0, 8)])
         header_bytes = header_bytes_of(view[:8], mapped.image_bytes)
         self._ensure(mapped, [(0, header_bytes)])
@@ -120,22 +129,27 @@ class MemorySource:
     def memory(self, image: int) -> tuple[memoryview, int]:
         """See Source."""
         mapped = self._mapped[image]
-        return memoryview(mapped.mapping), mapped.offset
+        return mapped.memory, mapped.offset
 
     def close(self) -> None:
         """See Source."""
         for mapped in self._mapped.values():
-            with contextlib.suppress(BufferError):
-                mapped.mapping.close()
+            if mapped.mapping is not None:
+                with contextlib.suppress(BufferError):
+                    mapped.memory.release()
+                    mapped.mapping.close()
 
 
 class StoreSource:
     """A checkpoint in the durable tier."""
 
-    def __init__(self, store: Store, directory: str) -> None:
+    def __init__(self, store: Store, directory: str, warm: Sequence[memoryview] = ()) -> None:
+        """`warm`: populated memory that nobody needs until this is closed (free slots): the first touch of fresh memory costs up to ten copies."""
         self._store = store
         self._directory = directory
-        self._memory: dict[int, mmap.mmap] = {}
+        self._warm = [*warm]
+        self._made: list[mmap.mmap] = []
+        self._memory: dict[int, memoryview] = {}
         self._present: dict[int, set[int]] = {}
         _, self.index = checkpoint.read_checkpoint(store, directory)
 
@@ -147,7 +161,7 @@ class StoreSource:
                 done.result()
         for image in ranges:
             info = self.index.images[image]
-            view = memoryview(self._memory[image])
+            view = self._memory[image]
             if header_bytes_of(view[:8], info.image_bytes) != info.header_bytes:
                 msg = f"image {image}: its header is not as long as the index says"
                 raise BadImage(msg)
@@ -157,10 +171,7 @@ class StoreSource:
         """Spans of blocks that are not here yet, cut for reading; makes the image's memory on first use."""
         info = self.index.images[image]
         if image not in self._memory:
-            made = mmap.mmap(-1, max(info.image_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-            with contextlib.suppress(OSError):
-                made.madvise(mmap.MADV_HUGEPAGE)  # first touch of 4 KiB pages costs five copies, of huge pages less than one
-            self._memory[image], self._present[image] = made, set()
+            self._memory[image], self._present[image] = self._room(info.image_bytes), set()
         present = self._present[image]
         per_read = READ_BYTES // checksum.BLOCK_BYTES
         spans = []
@@ -171,10 +182,21 @@ class StoreSource:
                 spans += [(at, min(at + per_read, high)) for at in range(low, high, per_read)]
         return spans
 
+    def _room(self, nbytes: int) -> memoryview:
+        for i, area in enumerate(self._warm):
+            if nbytes <= len(area):
+                self._warm[i] = area[slots.round_up(nbytes) :]
+                return area[:nbytes]
+        made = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        with contextlib.suppress(OSError):
+            made.madvise(mmap.MADV_HUGEPAGE)
+        self._made.append(made)
+        return memoryview(made)
+
     def _read(self, image: int, first: int, last: int) -> None:
         info = self.index.images[image]
         begin, end = first * checksum.BLOCK_BYTES, min(last * checksum.BLOCK_BYTES, info.image_bytes)
-        view = memoryview(self._memory[image])
+        view = self._memory[image]
         name = f"{self._directory}/{image_name(image)}"
         self._store.get(name, begin, view[begin:end])
         for block in range(first, last):
@@ -183,11 +205,14 @@ class StoreSource:
 
     def memory(self, image: int) -> tuple[memoryview, int]:
         """See Source."""
-        return memoryview(self._memory[image]), 0
+        return self._memory[image], 0
 
     def close(self) -> None:
         """See Source."""
-        for made in self._memory.values():
+        for view in (*self._memory.values(), *self._warm):
+            with contextlib.suppress(BufferError):
+                view.release()
+        for made in self._made:
             with contextlib.suppress(BufferError):
                 made.close()
 
@@ -225,14 +250,14 @@ def stage(source: Source, wants: Sequence[Want], array_wants: Sequence[Want], *,
     return Staged(source, tuple(c for c in copies if c.want < len(wants)), tuple(wants), arrays)
 
 
-def apply(staged: Staged, targets: Callable[[int], Tensor]) -> int:
-    """Copy into the live tensors (`targets`: want number -> local tensor as stored). Returns the bytes copied."""
+def apply(staged: Staged, targets: Callable[[int], Tensor], threads: int = 1) -> int:
+    """Copy into the live tensors (`targets`: want number -> local tensor as stored), with so many threads. Returns the bytes copied."""
     live = {i: (targets(i), w.box, w.dtype) for i, w in enumerate(staged.wants)}
-    _copy(staged.source, staged.copies, live)
+    _copy(staged.source, staged.copies, live, threads)
     return sum(t.nbytes for t, _, _ in live.values())
 
 
-def _copy(source: Source, copies: Iterable[Copy], targets: Mapping[int, tuple[Tensor, Box, str]]) -> None:
+def _copy(source: Source, copies: Iterable[Copy], targets: Mapping[int, tuple[Tensor, Box, str]], threads: int = 1) -> None:
     places, sources = [], []
     bases: dict[tuple[int, str], Any] = {}
     for c in copies:
@@ -241,7 +266,15 @@ def _copy(source: Source, copies: Iterable[Copy], targets: Mapping[int, tuple[Te
         saved = torch.frombuffer(memory, dtype=TORCH_DTYPES[dtype], count=c.box.numel, offset=offset + c.begin)
         sources.append(_narrow(saved.view(c.box.extent), c.part.relative_to(c.box)))
         places.append(_narrow(place, c.part.relative_to(box)))
-    with torch.no_grad():
+    total = sum(p.nbytes for p in places)
+    threads = threads if total >= THREADED_BYTES_MIN else 1
+    with ThreadPoolExecutor(threads, "ckptd-copy") as pool:
+        for done in [pool.submit(_copy_share, *share) for share in batches(places, sources, total // threads + 1)]:
+            done.result()
+
+
+def _copy_share(places: list[Tensor], sources: list[Tensor]) -> None:
+    with torch.no_grad():  # a thread has its own mode
         copy_batch(places, sources)
 
 

@@ -15,14 +15,19 @@ stopped, full, slow - costs snapshots, which are counted by reason in `status()`
 
 from __future__ import annotations
 
+import atexit
 import logging
+import operator
 import os
 import re
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -36,7 +41,7 @@ from ckptd import restore as restoring
 from ckptd import spawn, state
 from ckptd.arena import Arena
 from ckptd.binding import Binding, encode_objects
-from ckptd.capture import Capture, copier_for, copy_batch, hash_of, pin, unpin
+from ckptd.capture import FAILED, Capture, copier_for, copy_batch, hash_of, pin, unpin
 from ckptd.channel import socket_path
 from ckptd.core import slots, wire
 from ckptd.core.boxes import Box
@@ -51,6 +56,7 @@ from ckptd.errors import (
     Lost,
     NotFound,
     NotRestored,
+    StoreFailed,
     UserError,
 )
 from ckptd.link import Link
@@ -65,6 +71,9 @@ SLOTS_DEFAULT = 3
 """One committed, one on its way, one to fill: two would skip a step whenever the commit takes longer than the step's rest."""
 KEEPER_S = 5.0
 """A launcher's keeper notices a dead daemon at once and needs about half a second to start another."""
+EXIT_S = 5.0
+"""What an interpreter that ends without `close` gives the last snapshot."""
+POPULATE_BYTES_PER_S = 5e8
 SLACK_BYTES = 1 << 20
 """Added to each slot, so that objects may grow (a data loader's position, a scheduler's list) without a new arena."""
 
@@ -186,6 +195,12 @@ class Session:
         self._timings: dict[str, float] = {}
         self._pinned = False
         self._place = _Place(0, "", 0, 1, [""], [])
+        self._taken: int | None = None
+        self._fences = self._fences_before = 0
+        self._said: set[str] = set()
+        self._complete = True
+        self._join_timeout_s = settings.timeout_s
+        self._hooks: list[Any] = []
         self._persist_asked: int | None = None
 
     # --- attach -------------------------------------------------------------------------------------------------------------
@@ -205,6 +220,7 @@ class Session:
         self._plan()
         if self._place.no_daemon:
             self._go_inert(self._place.no_daemon)
+        atexit.register(_at_exit, weakref.ref(self), os.getpid())
 
     def _look(self) -> None:
         """Find the state, and try to encode its objects. An error is kept for the meeting, so that every rank hears it."""
@@ -226,11 +242,13 @@ class Session:
             welcome = self._reach_daemon()
             arrival.daemon, arrival.address = welcome.daemon, welcome.peer_address
             arrival.attempt_max, arrival.holdings, arrival.failed = welcome.attempt_max, welcome.holdings, welcome.failed
-        except Lost as e:
-            arrival.no_daemon = f"rank {self.rank}: {e.message}"
+        except (CkptdError, OSError) as e:
+            arrival.no_daemon = f"rank {self.rank}: {e}"
         if self.rank == 0 and self.settings.store:
             try:
-                found = checkpoint.list_checkpoints(open_store(self.settings.store), self.settings.job)
+                found = _in_time(
+                    lambda: checkpoint.list_checkpoints(open_store(self.settings.store), self.settings.job), self.settings.timeout_s / 2
+                )
             except CkptdError as e:
                 arrival.broken = [f"{self.settings.store}: {e.message}"]  # memory may do; if it does not, restore says this
                 return arrival
@@ -281,9 +299,19 @@ class Session:
 
     def _plan(self) -> None:
         """Collective: who stores what, and memory for it. Again when the state's composition changed."""
-        declared = msgspec.msgpack.encode(([self._declare(leaf) for leaf in self._train.leaves], self._train.coords))
-        planned = self._meeting.round("plan", declared, self._plan_for_all, self.settings.timeout_s)
-        mine, names, mesh = msgspec.msgpack.decode(planned, type=tuple[list[_PieceMessage], list[str], str])
+        t = self._train
+        error = self._error
+        told = _Told(
+            error=type(error).__name__ if error else "",
+            message=f"rank {self.rank}: {error.message}" if error else "",
+            remedy=error.remedy if error else "",
+            leaves=[self._declare(leaf) for leaf in t.leaves],
+            coords=t.coords,
+            objects=[o.name for o in t.objects],
+            complete=t.complete,
+        )
+        planned = self._meeting.round("plan", msgspec.msgpack.encode(told), _plan_for_all, self.settings.timeout_s)
+        mine, names, mesh, self._complete = msgspec.msgpack.decode(planned, type=tuple[list[_PieceMessage], list[str], str, bool])
         pieces = [Piece(p.name, p.dtype, p.shape, Box(*p.box), p.view) for p in mine]
         job = self.settings.job
         self._binding = Binding(pieces, self._train, job=job, rank=self.rank, world_size=self.world_size, torn=self._torn)
@@ -292,7 +320,7 @@ class Session:
         if self._place.no_daemon or self.inert:
             return
         trouble = self._join()
-        outcome = self._meeting.round("join", trouble.encode(), _first_trouble, self.settings.timeout_s).decode()
+        outcome = self._meeting.round("join", trouble.encode(), _first_trouble, self._join_timeout_s).decode()
         if outcome:
             self._go_inert(outcome)
 
@@ -302,20 +330,6 @@ class Session:
         digest = b"" if live is None else hash_of(live).to_bytes(8, "little")
         return LeafDecl(leaf.name, leaf.dtype, leaf.shape, ((leaf.box.start, leaf.box.extent),), leaf.view, digest, leaf.local)
 
-    @staticmethod
-    def _plan_for_all(brought: list[bytes]) -> list[bytes]:
-        told = [msgspec.msgpack.decode(b, type=tuple[list[LeafDecl], dict[str, int]]) for b in brought]
-        declared = {r: leaves for r, (leaves, _) in enumerate(told)}
-        mesh = mesh_digest([coords for _, coords in told])
-        plan = plan_capture(declared)
-        names = sorted({leaf.name for leaves in declared.values() for leaf in leaves})
-        return [
-            msgspec.msgpack.encode(
-                ([_PieceMessage(p.name, p.dtype, p.shape, (p.box.start, p.box.extent), p.view) for p in plan[r]], names, mesh)
-            )
-            for r in range(len(brought))
-        ]
-
     def _join(self) -> str:
         """Ask the daemon for memory; why not, if so."""
         layout = self._binding.lay_out(*encode_objects(self._train.objects, self.rank))
@@ -323,7 +337,9 @@ class Session:
         if self._arena is not None and self._arena.geometry.slot_bytes >= needed:
             return ""
         try:
-            granted, fd = self._link.ask(lambda i: self._join_request(i, needed), wire.Granted, self.settings.timeout_s)
+            # Memory is handed out populated: about 2 s per GB on a slow machine, for all ranks of the node.
+            self._join_timeout_s = self.settings.timeout_s + needed * self.settings.slots * self._place.local_count / POPULATE_BYTES_PER_S
+            granted, fd = self._link.ask(lambda i: self._join_request(i, needed), wire.Granted, self._join_timeout_s)
             if fd is None:
                 msg = "the daemon granted memory and sent none"
                 raise Bug(msg)
@@ -333,6 +349,7 @@ class Session:
         if granted.note:
             log.warning("rank %d: %s", self.rank, granted.note)
         arena.populate()
+        self._let_go()
         self._arena = arena
         self._pinned = pin(arena.memory)
         self._binding.use(arena)
@@ -370,6 +387,7 @@ class Session:
 
         Raises NotRestored if snapshots of this job exist and `restore` was not called; nothing else for ckptd's own reasons.
         """
+        step = operator.index(step)
         if self._take(step) and self.settings.persist_every and step % self.settings.persist_every == 0:
             self.persist(step)
 
@@ -380,10 +398,16 @@ class Session:
         if not self._restored:
             self._begin_unrestored()
         if self.inert or self._arena is None or self._closed:
-            self._skip(step, "no daemon", tell=False)
+            self._skip(step, "no daemon")
             return False
-        self._copier.fence()
-        if not self._train.complete and not self._complete_plan():
+        if self._taken is not None and step <= self._taken:
+            if self.counts["skipped: step went back"] == 0:
+                log.error("step %d after step %d: numbers must grow, so this is not captured; to go back, attach again", step, self._taken)
+            self._skip(step, "step went back")
+            return False
+        self._taken = step
+        self._copier.join()
+        if not self._complete and not self._complete_plan():
             return False
         slot = self._free_slot()
         if slot is None:
@@ -395,10 +419,25 @@ class Session:
             # Whatever goes wrong here, a bug of ours included, costs this snapshot and not the user's step; it is logged and counted.
             self._void(slot)
             self._skip(step, type(e).__name__)
-            log.warning("step %d was not captured: %s", step, e, exc_info=not isinstance(e, CkptdError))
+            if str(e) not in self._said:
+                self._said.add(str(e))
+                log.warning("step %d was not captured: %s", step, e, exc_info=not isinstance(e, CkptdError))
             return False
+        except BaseException:
+            self._void(slot)
+            raise
+        if self._fences == self._fences_before and self.counts["captured"]:
+            self._unfenced()
+        self._fences_before = self._fences
         self._timings["step_s"] = time.perf_counter() - began_s
         return True
+
+    def _unfenced(self) -> None:
+        """No optimizer hook ran since the last step (a captured CUDA graph, an engine of its own): the fence cannot be relied upon, so copy now."""
+        if self.counts["unfenced"] == 0:
+            log.warning("no optimizer that was given to attach has stepped since the last snapshot: copies are waited for from now on")
+        self.counts["unfenced"] += 1
+        self._copier.join()
 
     def _begin_unrestored(self) -> None:
         if self._place.rungs:
@@ -413,10 +452,11 @@ class Session:
     def _complete_plan(self) -> bool:
         """The optimizer could not be asked for its state before its first step: it has taken it, so plan now (collective, once)."""
         self._look()
-        why = str(self._error) if self._error else "" if self._train.complete else "the optimizer's state cannot be known"
+        why = ""
         try:
-            if not why:
-                self._plan()
+            self._plan()
+            if not self._complete:
+                why = "an optimizer's state cannot be known, even after a step"
         except CkptdError as e:
             why = str(e)
         if why:
@@ -484,7 +524,7 @@ class Session:
         """Copier's thread: something wrote while it was copied. The image is void; what moved is eager from now on."""
         self._void(slot)
         self.counts["torn"] += 1
-        new = [n for n in torn if n not in self._torn]
+        new = [n for n in torn if n not in self._torn and n != FAILED]
         if new:
             self._torn.update(new)
             self._binding.forget()
@@ -503,9 +543,9 @@ class Session:
 
     def _fence(self, *_args: Any) -> None:
         began_s = time.perf_counter()
+        self._fences += 1
         self._copier.fence()
         self._timings["fence_s"] = time.perf_counter() - began_s
-
 
     # --- restore ------------------------------------------------------------------------------------------------------------
 
@@ -517,7 +557,9 @@ class Session:
         of them could be restored, the newest one's error: never a silent start from scratch.
         """
         began_s = time.perf_counter()
-        self._copier.fence()
+        if self._taken is not None:
+            msg = f"restore after step {self._taken} was taken: this attempt's snapshots are newer"
+            raise BadArgument(msg, remedy="close this session and attach again to go back")
         ladder = [] if fresh else [r for r in self._place.rungs if step in {None, r.step}]
         if step is not None and not ladder:
             have = sorted({r.step for r in self._place.rungs})
@@ -563,11 +605,15 @@ class Session:
             brought.error, brought.message, brought.remedy = type(e).__name__, f"rank {self.rank}: {e.message}", e.remedy
         except OSError as e:
             brought.error, brought.message = "StoreFailed", f"rank {self.rank}: {e}"
+        except Exception as e:  # the other ranks must hear of it, whatever it is
+            log.exception("staging step %d failed", rung.step)
+            brought.error, brought.message = "Bug", f"rank {self.rank}: {type(e).__name__}: {e}"
         try:
             decision = self._meeting.round(f"restore-{number}", msgspec.msgpack.encode(brought), _all_staged, timeout_s).decode()
             if decision or source is None or work is None:
                 return decision
-            filled = restoring.apply(staged, work.target)
+            cores = len(os.sched_getaffinity(0)) // self._place.local_count
+            filled = restoring.apply(staged, work.target, max(1, cores))
             work.finish()
             return Restored(
                 rung.step, rung.source, rung.attempt, bytes=filled, warnings=tuple(work.warnings),
@@ -581,8 +627,16 @@ class Session:
 
     def _open(self, rung: Rung, timeout_s: float) -> restoring.Source:
         if rung.directory:
-            return restoring.StoreSource(open_store(self.settings.store), rung.directory)
-        return restoring.MemorySource(self._link, self.settings.job, rung, timeout_s)
+            return restoring.StoreSource(open_store(self.settings.store), rung.directory, self._free_areas())
+        return restoring.MemorySource(self._link, self.settings.job, rung, self._arena, timeout_s)
+
+    def _free_areas(self) -> list[memoryview]:
+        """The memory of free slots: populated, and nobody's until the first step after this restore."""
+        arena = self._arena
+        if arena is None:
+            return []
+        free = [s for s in range(arena.geometry.slots) if slots.is_free(arena.header(s), arena.seal(s).released_gen)]
+        return [arena.image(s, arena.geometry.slot_bytes) for s in free]
 
     # --- the rest of the face -----------------------------------------------------------------------------------------------
 
@@ -599,7 +653,7 @@ class Session:
         if what not in {"committed", "persisted"}:
             msg = f"wait({what!r}): a snapshot is waited for until it is 'committed' or 'persisted'"
             raise BadArgument(msg)
-        self._copier.fence()
+        self._copier.join()
         wanted = self._last if step is None else (self.attempt, step)
         if wanted is None:
             return False
@@ -626,18 +680,35 @@ class Session:
         """Wait for the last snapshot to be committed (and a persist that was asked for to end), at most `timeout_s`; then let go."""
         if self._closed:
             return
-        self._copier.fence()
         deadline_s = time.monotonic() + timeout_s
+        if not self._copier.join(timeout_s):
+            log.warning("rank %d: a copy has not ended within %.0f s", self.rank, timeout_s)
         if self._last is not None and self._link.connected and not self.inert:
             if not self.wait("committed", timeout_s=timeout_s):
                 log.warning("rank %d: step %d was not committed within %.0f s", self.rank, self._last[1], timeout_s)
             elif self._persist_asked is not None:
-                self.wait("persisted", self._persist_asked, timeout_s=max(0.0, deadline_s - time.monotonic()))
+                left_s = max(0.0, deadline_s - time.monotonic())
+                if not self.wait("persisted", self._persist_asked, timeout_s=left_s):
+                    log.warning("rank %d: step %d is still being persisted; the daemon goes on with it", self.rank, self._persist_asked)
         self._closed = True
         self._copier.close()
         for hook in self._hooks:
             hook.remove()
         self._link.close()
+        self._let_go()
+
+    def _abandon(self) -> None:
+        """attach failed: leave nothing behind."""
+        for hook in self._hooks:
+            hook.remove()
+        copier = getattr(self, "_copier", None)
+        if copier is not None:
+            copier.close()
+        self._link.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Unmap the arena, if there is one."""
         if self._arena is not None:
             if self._pinned:
                 unpin(self._arena.memory)
@@ -671,6 +742,18 @@ class _PieceMessage(msgspec.Struct, array_like=True):
     view: str
 
 
+class _Told(msgspec.Struct):
+    """What a rank brings to the planning: its leaves, or why it has none."""
+
+    error: str
+    message: str
+    remedy: str
+    leaves: list[LeafDecl]
+    coords: dict[str, int]
+    objects: list[str]
+    complete: bool
+
+
 class _Staging(msgspec.Struct):
     """What a rank brings to the meeting between staging and applying."""
 
@@ -678,6 +761,23 @@ class _Staging(msgspec.Struct):
     message: str = ""
     remedy: str = ""
     unexpected: list[str] = []
+
+
+def _plan_for_all(brought: list[bytes]) -> list[bytes]:
+    """Rank 0: who stores what, the names that any rank has, one word for the mesh, and whether all leaves are known."""
+    told = [msgspec.msgpack.decode(b, type=_Told) for b in brought]
+    for t in told:
+        if t.error:
+            raise _error_of(t.error, t.message, t.remedy)
+    plan = plan_capture({r: t.leaves for r, t in enumerate(told)})
+    names = sorted({leaf.name for t in told for leaf in t.leaves} | {name for t in told for name in t.objects})
+    mesh, complete = mesh_digest([t.coords for t in told]), all(t.complete for t in told)
+    return [
+        msgspec.msgpack.encode(
+            ([_PieceMessage(p.name, p.dtype, p.shape, (p.box.start, p.box.extent), p.view) for p in plan[r]], names, mesh, complete)
+        )
+        for r in range(len(brought))
+    ]
 
 
 def _all_staged(brought: list[bytes]) -> list[bytes]:
@@ -689,6 +789,31 @@ def _all_staged(brought: list[bytes]) -> list[bytes]:
     failed = [o.message for o in outcomes if o.error]
     why = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more ranks" if len(failed) > 3 else "")
     return [why.encode()] * len(brought)
+
+
+def _at_exit(session: weakref.ref[Session], pid: int) -> None:
+    """The interpreter ends and nobody closed: end the copier (a thread that comes back from C++ into a dying interpreter aborts it)."""
+    held = session()
+    if held is not None and os.getpid() == pid:
+        held.close(timeout_s=EXIT_S)
+
+
+def _in_time(work: Callable[[], Any], timeout_s: float) -> Any:
+    """Run `work` in a thread, and give up on it at the deadline: a hung mount cannot be interrupted, only left behind. Raises StoreFailed."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as e:  # noqa: BLE001  it is raised again where it is waited for
+            future.set_exception(e)
+
+    threading.Thread(target=run, name="ckptd-store", daemon=True).start()
+    try:
+        return future.result(timeout_s)
+    except FutureTimeoutError as e:
+        msg = f"the store did not answer within {timeout_s:.0f} s"
+        raise StoreFailed(msg, remedy="is its mount hung?") from e
 
 
 def _first_trouble(brought: list[bytes]) -> list[bytes]:
@@ -755,7 +880,11 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
         timeout_s=timeout_s,
     )
     session = Session(chosen, _by_prefix(model, nn.Module), _by_prefix(optimizer, Optimizer), dict(extras or {}), meeting_of(group))
-    session._attach()  # noqa: SLF001  the constructor only keeps; this is its other half
+    try:
+        session._attach()  # noqa: SLF001  the constructor only keeps; this is its other half
+    except BaseException:
+        session._abandon()  # noqa: SLF001
+        raise
     return session
 
 

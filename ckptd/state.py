@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import inspect
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -185,7 +187,8 @@ class ModelState:
     objects: list[Obj] = field(default_factory=list)
     fqns: dict[int, str] = field(default_factory=dict)
     """id(parameter) -> canonical FQN"""
-    params: dict[str, nn.Parameter] = field(default_factory=dict)
+    own: set[int] = field(default_factory=set)
+    """id(parameter) of those that each rank has for itself"""
 
 
 def model_state(models: Iterable[tuple[str, nn.Module]], local: Sequence[str]) -> ModelState:
@@ -218,10 +221,10 @@ def _add(
         out.aliases[name] = known
     else:
         out.fqns[id(tensor)] = fqn
-        if isinstance(tensor, nn.Parameter):
-            out.params[fqn] = tensor
     plain = not isinstance(tensor, DTensor)
     own = any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(fqn, p) for p in local)
+    if own:
+        out.own.add(id(tensor))
     dtype, shape, box, view = _stored(name, tensor, box_of(name, tensor))
     # Buffers are replaced by assignment; parameters are not, and FSDP shows the gathered one in their place while a module is unsharded.
     resolve: Callable[[], Tensor | None] = (lambda: where.get(attr)) if buffer else (lambda: tensor)
@@ -233,6 +236,9 @@ def _add(
 
 def predict(optimizer: Optimizer) -> dict[int, dict[str, tuple[torch.dtype, Shape]]] | None:
     """id(parameter) -> slot -> (dtype, local shape) of the state that a first step will make; None if this optimizer cannot be asked."""
+    plain = vars(optimizer)
+    if not {"state", "param_groups"} <= plain.keys() or any(isinstance(v, Optimizer) for v in plain.values()):
+        return None  # a wrapper: a twin of it would share, and step, the optimizer inside
     try:
         twin = copy.copy(optimizer)
         twin.state = defaultdict(dict)
@@ -246,18 +252,19 @@ def predict(optimizer: Optimizer) -> dict[int, dict[str, tuple[torch.dtype, Shap
                     meta.grad = torch.empty_like(meta)
                     pairs.append((p, meta))
                 metas.append(meta)
-            plain = {k: (float(v) if isinstance(v, Tensor) and v.numel() == 1 else v) for k, v in group.items()}
+            hyper = {k: (float(v) if isinstance(v, Tensor) and v.numel() == 1 else v) for k, v in group.items()}
             fixed: dict[str, Any] = dict.fromkeys({"foreach", "fused", "capturable"} & set(group), False)
-            groups.append({**plain, **fixed, "params": metas})
+            groups.append({**hyper, **fixed, "params": metas})
         twin.param_groups = groups
-        type(optimizer).step(twin)
+        with torch.no_grad():
+            inspect.unwrap(type(optimizer).step)(twin)  # bare: no hooks, no profiler
     except Exception:  # noqa: BLE001  any optimizer may object to being asked; then its state is learned from its first step
         return None
     found: dict[int, dict[str, tuple[torch.dtype, Shape]]] = {}
     for p, meta in pairs:
         slots = {k: (v.dtype, tuple(v.shape)) for k, v in twin.state.get(meta, {}).items() if isinstance(v, Tensor)}
-        if any(shape not in {(), tuple(meta.shape)} for _, shape in slots.values()) and isinstance(p, DTensor):
-            return None
+        if any(shape not in {(), tuple(meta.shape)} for _, shape in slots.values()):
+            return None  # factored state: how it is shared is known once it exists
         found[id(p)] = slots
     return found
 
@@ -271,8 +278,8 @@ class OptimizerState:
     complete: bool = True
 
 
-def optimizer_state(prefix: str, optimizer: Optimizer, fqns: Mapping[int, str]) -> OptimizerState:
-    """The state of one optimizer under `optim.<prefix>`. Raises Unstorable for parameters that belong to no model."""
+def optimizer_state(prefix: str, optimizer: Optimizer, fqns: Mapping[int, str], own: Collection[int] = ()) -> OptimizerState:
+    """The state of one optimizer under `optim.<prefix>`; `own`: ids of parameters that each rank has for itself. Raises Unstorable for parameters that belong to no model."""
     params = [p for g in optimizer.param_groups for p in g["params"]]
     for i, p in enumerate(params):
         if id(p) not in fqns:
@@ -289,14 +296,17 @@ def optimizer_state(prefix: str, optimizer: Optimizer, fqns: Mapping[int, str]) 
         }
         slots |= {k: (v.dtype, v.shape == p.shape and v.ndim > 0) for k, v in live.items()}
         for slot, (dtype, like_param) in sorted(slots.items()):
-            out.leaves.append(_state_leaf(f"optim.{prefix}state.{fqn}.{slot}", optimizer, p, slot, dtype, like_param, live.get(slot)))
+            leaf = _state_leaf(f"optim.{prefix}state.{fqn}.{slot}", optimizer, p, slot, dtype, like_param, live.get(slot))
+            leaf.local = id(p) in own
+            out.leaves.append(leaf)
         out.complete &= predicted is not None or bool(optimizer.state.get(p)) or not p.requires_grad
     names = {id(p): fqns[id(p)] for p in params}
+    known = {leaf.name for leaf in out.leaves}
     out.objects.append(
         Obj(
             f"optim.{prefix}param_groups",
             "optimizer",
-            lambda: [{**{k: v for k, v in g.items() if k != "params"}, "params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups],
+            lambda: _groups(optimizer, names),
             lambda groups: _set_groups(optimizer, names, groups),
         )
     )
@@ -304,7 +314,7 @@ def optimizer_state(prefix: str, optimizer: Optimizer, fqns: Mapping[int, str]) 
         Obj(
             f"optim.{prefix}scalars",
             "optimizer",
-            lambda: _scalars(optimizer, names),
+            lambda: _scalars(f"optim.{prefix}state.", optimizer, names, known),
             lambda values: _set_scalars(optimizer, names, values),
         )
     )
@@ -395,13 +405,31 @@ def _set_groups(optimizer: Optimizer, names: Mapping[int, str], groups: list[dic
                 group[key] = value
 
 
-def _scalars(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
-    """State that is no tensor, by FQN, and which parameters have state at all."""
-    return {
-        names[id(p)]: {k: v for k, v in state.items() if not isinstance(v, Tensor)}
-        for p, state in optimizer.state.items()
-        if id(p) in names
-    }
+def _groups(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The param groups with FQNs for parameters. Raises Unstorable if there are parameters that were not there at attach."""
+    if any(id(p) not in names for g in optimizer.param_groups for p in g["params"]):
+        msg = "optim: a param group with new parameters was added after attach"
+        raise Unstorable(msg, remedy="attach again after changing the optimizer")
+    return [{**{k: v for k, v in g.items() if k != "params"}, "params": [names[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
+
+
+def _scalars(prefix: str, optimizer: Optimizer, names: Mapping[int, str], known: Collection[str]) -> dict[str, dict[str, Any]]:
+    """State that is no tensor, by FQN, and which parameters have state at all.
+
+    Raises Unstorable for a tensor that the capture plan does not know: state that appeared later (a parameter thawed, momentum switched on)
+    would otherwise be left out in silence.
+    """
+    found = {}
+    for p, state in optimizer.state.items():
+        fqn = names.get(id(p))
+        if fqn is None:
+            continue
+        for slot, value in state.items():
+            if isinstance(value, Tensor) and f"{prefix}{fqn}.{slot}" not in known:
+                msg = f"{prefix}{fqn}.{slot} appeared after attach"
+                raise Unstorable(msg, remedy="attach again when the optimizer's state has grown (a thawed parameter, momentum switched on)")
+        found[fqn] = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+    return found
 
 
 def _set_scalars(optimizer: Optimizer, names: Mapping[int, str], values: Mapping[str, Mapping[str, Any]]) -> None:
@@ -503,7 +531,7 @@ def look(
 ) -> TrainState:
     """Find all leaves and objects of this rank. Raises Unstorable, by path."""
     model = model_state(models, local)
-    optims = [optimizer_state(prefix, o, model.fqns) for prefix, o in optimizers]
+    optims = [optimizer_state(prefix, o, model.fqns, model.own) for prefix, o in optimizers]
     leaves = model.leaves + [leaf for o in optims for leaf in o.leaves]
     objects = model.objects + merged([obj for o in optims for obj in o.objects])
     objects += [extra_object(name, value) for name, value in extras.items()] + rng_objects()
@@ -514,4 +542,7 @@ def look(
         raise Unstorable(msg, remedy="give several models or optimizers as a dict, so that their names differ")
     params = {f"optim.{prefix}state.{model.fqns[id(p)]}.": (o, p) for prefix, o in optimizers for g in o.param_groups for p in g["params"]}
     coords = coordinates((t for leaf in leaves if (t := leaf.resolve()) is not None), rank)
+    # What a rank holds of the model is a part of where it is: pipeline stages of plain tensors differ in nothing else.
+    held = repr(sorted((leaf.name, leaf.box) for leaf in model.leaves)).encode()
+    coords["holds"] = xxhash.xxh3_64_intdigest(held) >> 1
     return TrainState(leaves, objects, model.aliases, coords, all(o.complete for o in optims), params)

@@ -54,7 +54,7 @@ class Wanted:
         if not strict:
             self._leaves = [leaf for name, leaf in named if name in index.tensors]
         self.wants = [Want(self._saved_name(leaf), leaf.dtype, leaf.shape, leaf.box, leaf.view) for leaf in self._leaves]
-        known = asker.declared | {leaf.name for leaf in self._leaves} | {o.name for o in train.objects}
+        known = asker.declared | {leaf.name for leaf in self._leaves}
         saved = {re.sub(r"@r\d+$", "", n) for n in index.tensors if not n.startswith("object/")}
         saved |= {n for n in index.images[0].objects if n != "absent" and not n.startswith("rng.")}
         self.unexpected = sorted(saved - known - self._absent)
@@ -79,7 +79,7 @@ class Wanted:
         for name, info in self._index.tensors.items():
             prefix, _, slot = name.rpartition(".")
             owner = self._train.params.get(f"{prefix}.")
-            if owner is not None and name not in known and name not in self._absent:
+            if owner is not None and "@r" not in slot and name not in known and name not in self._absent:
                 leaf = state.saved_leaf(name, *owner, slot, info.dtype, info.shape, info.view)
                 found += [leaf] if leaf is not None else []
         return found
@@ -103,23 +103,33 @@ class Wanted:
             values = {r: i.objects[obj.name]["value"] for r, i in images.items() if obj.name in i.objects}
             if not values:
                 continue
-            if self._same_mesh and self._asker.rank in values:
-                chosen.append((obj, [values[self._asker.rank]]))
-            elif obj.policy == "optimizer":
-                chosen.append((obj, [*values.values()]))
+            mine = self._asker.rank
+            if obj.policy == "optimizer":  # merged by name: what this rank has of its own comes last, and wins
+                chosen.append((obj, [*(v for r, v in values.items() if r != mine), *(v for r, v in values.items() if r == mine)]))
+            elif self._same_mesh and mine in values:
+                chosen.append((obj, [values[mine]]))
             elif obj.policy == "rng":
                 self.warnings.append(f"{obj.name}: the mesh changed, reseeded from job, step and rank")
                 chosen.append((obj, []))
             else:
-                chosen.append((obj, self._shared(obj, values)))
+                chosen.append((obj, self._shared(values)))
         return chosen
 
-    def _shared(self, obj: Obj, values: Mapping[int, Any]) -> list[Any]:
+    @staticmethod
+    def _shared(values: Mapping[int, Any]) -> list[Any]:
+        """One copy where all are equal to the letter; where they hold arrays, or differ, all of them: `_agreed` looks at the bytes."""
         first = next(iter(values.values()))
-        if all(_without_rank(v) == _without_rank(first) for v in values.values()):
-            return [first]
+        equal = all(v == first for v in values.values()) and "$array" not in repr(first)
+        return [first] if equal else [*values.values()]
+
+    def _agreed(self, obj: Obj, values: list[Any]) -> list[Any]:
+        """Decoded copies of an object that ranks share: one if they are equal, all for a loader that can reshard, else StateMismatch."""
+        if obj.policy in {"optimizer", "rng"} or len(values) < 2:
+            return values
+        if len({_canonical(obj.name, v) for v in values}) == 1:
+            return values[:1]
         if obj.policy == "loader" and hasattr(obj.target, "reshard_state_dict"):
-            return [*values.values()]
+            return values
         msg = f"{obj.name}: its state differs between the {len(values)} ranks that saved it, and the mesh changed"
         raise StateMismatch(
             msg, remedy="give the object reshard_state_dict(states, rank=, world_size=) -> state, or restore on the mesh that saved it"
@@ -134,7 +144,7 @@ class Wanted:
                 tensor = tensor.view(getattr(torch, view)).squeeze(-1)
             return tensor.numpy().copy() if kind == "ndarray" else tensor.clone()
 
-        self._values = [(obj, [typed.decode(v, get) for v in values]) for obj, values in self._objects]
+        self._values = [(obj, self._agreed(obj, [typed.decode(v, get) for v in values])) for obj, values in self._objects]
 
     def target(self, want: int) -> Tensor:
         """The live tensor of a want, as stored; optimizer state is made if it does not exist yet."""
@@ -175,9 +185,15 @@ class Wanted:
                 state.reseed(seed)
 
 
-def _without_rank(value: Any) -> Any:
-    """An object's JSON without the rank in its references, to compare ranks."""
-    return re.sub(r"@r\d+", "", repr(value))
+def _canonical(name: str, value: Any) -> str:
+    """A decoded object as text in which arrays stand with their bytes' hash: equal text, equal objects."""
 
+    def put(_path: str, item: Any) -> tuple[str, str] | None:
+        if isinstance(item, np.ndarray):
+            return "ndarray", f"{item.dtype}{item.shape}{xxhash.xxh3_128_hexdigest(np.ascontiguousarray(item).tobytes())}"
+        if isinstance(item, Tensor):
+            raw = item.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if item.numel() else b""
+            return "tensor", f"{item.dtype}{tuple(item.shape)}{xxhash.xxh3_128_hexdigest(raw)}"
+        return None
 
-# --- attach -----------------------------------------------------------------------------------------------------------------
+    return repr(typed.encode(value, name, put))

@@ -52,6 +52,8 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The common part, or None where there is none (an empty box meets nothing)."""
+        if self == other and self.numel:
+            return self
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
         if any(b <= a for a, b in zip(start, stop, strict=True)):
@@ -64,6 +66,8 @@ class Box:
 
     def relative_to(self, outer: Box) -> Box:
         """The same elements, counted from `outer`'s start. `outer` must contain this box."""
+        if not any(outer.start):
+            return self
         return Box(tuple(s - o for s, o in zip(self.start, outer.start, strict=True)), self.extent)
 
     def cut(self, shares: Sequence[int]) -> list[Box]:

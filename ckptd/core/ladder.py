@@ -3,7 +3,8 @@
 Nodes say what they hold, the durable tier says what it has; `rungs` orders every step that is complete somewhere. Attempts are
 compared before steps: what a later attempt committed outranks a higher step of an attempt that was given up (a zombie's, or a branch
 that the job left when it went back to an older checkpoint). Within one step memory comes before storage. Steps that failed to
-restore are not offered again.
+restore come last: they are tried again only when nothing else is left, for a passing reason (a store that was slow) must not turn the
+next restart into a silent fresh start.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Rung(msgspec.Struct, frozen=True):
 
 
 def rungs(held: Mapping[int, Iterable[Holding]], durable: Iterable[Durable], failed: Collection[tuple[int, int, str]] = ()) -> list[Rung]:
-    """All complete snapshots, best first. `held`: by node. `failed`: (attempt, step, source) that are not to be offered again."""
+    """All complete snapshots, best first. `held`: by node. `failed`: (attempt, step, source) that failed to restore before."""
     images: dict[tuple[int, int, int], dict[int, int]] = {}
     for node, holdings in sorted(held.items()):
         for h in holdings:
@@ -68,8 +69,7 @@ def rungs(held: Mapping[int, Iterable[Holding]], durable: Iterable[Durable], fai
         if set(nodes) == set(range(world_size))
     ]
     found += [Rung(d.attempt, d.step, d.world_size, directory=d.directory) for d in durable]
-    offered = [r for r in found if (r.attempt, r.step, r.source) not in failed]
-    return sorted(offered, key=lambda r: (-r.attempt, -r.step, r.directory))
+    return sorted(found, key=lambda r: ((r.attempt, r.step, r.source) in failed, -r.attempt, -r.step, r.directory))
 
 
 def incomplete(held: Mapping[int, Iterable[Holding]]) -> list[tuple[int, int, list[int]]]:

@@ -7,6 +7,7 @@ import importlib
 import json
 import pkgutil
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def main() -> int:
         return 0
     if a.name is None:
         p.error("NAME is missing; --list says which there are")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     with Bench(a.name, shlex.join(["scripts/bench", *sys.argv[1:]]), quick=a.quick, rounds=a.rounds) as bench:
         importlib.import_module(f"benchmarks.{a.name}").run(bench)
         print(bench.text())
