@@ -17,13 +17,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ckptd.arena import Arena
-from ckptd.capture import batches, copy_batch
+from ckptd.capture import copy_batch
 from ckptd.core import checksum, slots, wire
 from ckptd.core.boxes import Box
 from ckptd.core.image import Image, header_bytes_of, parse
@@ -38,8 +38,8 @@ from ckptd.storage import Store, checkpoint
 READ_BYTES = 8 << 20
 """One read of the durable tier (DESIGN section 7's measurement: O_DIRECT or not, 8 MiB saturate the disk)."""
 READERS = 2
-THREADED_BYTES_MIN = 16 << 20
-"""Below this a copy is over before a thread has begun."""
+COPY_BYTES = 16 << 20
+"""Copied at a time; the next batch is prepared meanwhile."""
 MAP_NORESERVE = 0x4000
 """Not in the mmap module of Python 3.11; the same number on x86-64 and ARM64."""
 
@@ -245,35 +245,46 @@ def stage(source: Source, wants: Sequence[Want], array_wants: Sequence[Want], *,
     arrays = {}
     for i, want in enumerate(array_wants, start=len(wants)):
         made = torch.empty(want.box.extent, dtype=TORCH_DTYPES[want.dtype])
-        _copy(source, [c for c in copies if c.want == i], {i: (made, want.box, want.dtype)})
+        held = made, want.box, want.dtype
+        _copy(source, [c for c in copies if c.want == i], lambda _, held=held: held)  # type: ignore[misc]
         arrays[want.name] = made
     return Staged(source, tuple(c for c in copies if c.want < len(wants)), tuple(wants), arrays)
 
 
 def apply(staged: Staged, targets: Callable[[int], Tensor], threads: int = 1) -> int:
     """Copy into the live tensors (`targets`: want number -> local tensor as stored), with so many threads. Returns the bytes copied."""
-    live = {i: (targets(i), w.box, w.dtype) for i, w in enumerate(staged.wants)}
-    _copy(staged.source, staged.copies, live, threads)
-    return sum(t.nbytes for t, _, _ in live.values())
+    return _copy(staged.source, staged.copies, lambda i: (targets(i), staged.wants[i].box, staged.wants[i].dtype), threads)
 
 
-def _copy(source: Source, copies: Iterable[Copy], targets: Mapping[int, tuple[Tensor, Box, str]], threads: int = 1) -> None:
-    places, sources = [], []
-    bases: dict[tuple[int, str], Any] = {}
-    for c in copies:
-        place, box, dtype = targets[c.want]
-        memory, offset = bases.setdefault((c.image, ""), source.memory(c.image))
-        saved = torch.frombuffer(memory, dtype=TORCH_DTYPES[dtype], count=c.box.numel, offset=offset + c.begin)
-        sources.append(_narrow(saved.view(c.box.extent), c.part.relative_to(c.box)))
-        places.append(_narrow(place, c.part.relative_to(box)))
-    total = sum(p.nbytes for p in places)
-    threads = threads if total >= THREADED_BYTES_MIN else 1
+def _copy(
+    source: Source, copies: Iterable[Copy], target: Callable[[int], tuple[Tensor, Box, str]], threads: int = 1
+) -> int:
+    """Copy, batch by batch, while the next batch is prepared: a thousand tensors cost as much Python as they cost copying."""
+    made: dict[int, tuple[Tensor, Box, str]] = {}
+    total = room = 0
+    places: list[Tensor] = []
+    sources: list[Tensor] = []
     with ThreadPoolExecutor(threads, "ckptd-copy") as pool:
-        for done in [pool.submit(_copy_share, *share) for share in batches(places, sources, total // threads + 1)]:
+        running = []
+        for c in copies:
+            if c.want not in made:
+                made[c.want] = target(c.want)
+            place, box, dtype = made[c.want]
+            memory, offset = source.memory(c.image)
+            saved = torch.frombuffer(memory, dtype=TORCH_DTYPES[dtype], count=c.box.numel, offset=offset + c.begin)
+            sources.append(_narrow(saved.view(c.box.extent), c.part.relative_to(c.box)))
+            places.append(_narrow(place, c.part.relative_to(box)))
+            room += places[-1].nbytes
+            if room >= COPY_BYTES:
+                running.append(pool.submit(_copy_batch, places, sources))
+                total, room, places, sources = total + room, 0, [], []
+        running.append(pool.submit(_copy_batch, places, sources))
+        for done in running:
             done.result()
+    return total + room
 
 
-def _copy_share(places: list[Tensor], sources: list[Tensor]) -> None:
+def _copy_batch(places: list[Tensor], sources: list[Tensor]) -> None:
     with torch.no_grad():  # a thread has its own mode
         copy_batch(places, sources)
 

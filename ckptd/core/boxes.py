@@ -62,7 +62,7 @@ class Box:
 
     def inside(self, shape: Sequence[int]) -> bool:
         """Whether the box lies within a tensor of this shape."""
-        return len(shape) == len(self.start) and all(b <= n for b, n in zip(self.stop, shape, strict=True))
+        return len(shape) == len(self.start) and all(s + e <= n for s, e, n in zip(self.start, self.extent, shape, strict=True))
 
     def relative_to(self, outer: Box) -> Box:
         """The same elements, counted from `outer`'s start. `outer` must contain this box."""
