@@ -406,7 +406,7 @@ class Session:
             self._skip(step, "step went back")
             return False
         self._taken = step
-        self._copier.join()
+        self._copier.fence()
         if not self._complete and not self._complete_plan():
             return False
         slot = self._free_slot()

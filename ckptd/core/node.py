@@ -179,7 +179,7 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class RestoreFailed:
-    """This snapshot could not be restored; it is not offered again."""
+    """This snapshot could not be restored; it is the last to be tried again."""
 
     job: str
     attempt: int
