@@ -73,6 +73,9 @@ KEEPER_S = 5.0
 """A launcher's keeper notices a dead daemon at once and needs about half a second to start another."""
 EXIT_S = 5.0
 """What an interpreter that ends without `close` gives the last snapshot."""
+PATIENCE_S = 0.2
+"""How long a step that is due to be persisted waits for a slot. Others never wait; but where steps are so short that some are skipped, the one
+that was to be kept, perhaps the last, must not be among them by chance."""
 POPULATE_BYTES_PER_S = 5e8
 SLACK_BYTES = 1 << 20
 """Added to each slot, so that objects may grow (a data loader's position, a scheduler's list) without a new arena."""
@@ -388,12 +391,14 @@ class Session:
         Raises NotRestored if snapshots of this job exist and `restore` was not called; nothing else for ckptd's own reasons.
         """
         step = operator.index(step)
-        if self._take(step) and self.settings.persist_every and step % self.settings.persist_every == 0:
+        due = self.settings.persist_every > 0 and step % self.settings.persist_every == 0
+        self._take(step, patient=due)
+        if due:
             self.persist(step)
 
     snapshot = step
 
-    def _take(self, step: int) -> bool:
+    def _take(self, step: int, *, patient: bool) -> bool:
         began_s = time.perf_counter()
         if not self._restored:
             self._begin_unrestored()
@@ -410,6 +415,10 @@ class Session:
         if not self._complete and not self._complete_plan():
             return False
         slot = self._free_slot()
+        until_s = began_s + PATIENCE_S
+        while slot is None and patient and self._link.connected and time.perf_counter() < until_s:
+            time.sleep(0.001)
+            slot = self._free_slot()
         if slot is None:
             self._skip(step, "no free slot" if self._link.connected else "daemon gone")
             return False

@@ -56,11 +56,11 @@ def arm_capture(sessions, step: int, at: int, die) -> None:
     real_take, real_copy = sessions.Session._take, capture.copy_batch
     state = {"armed": False, "count": 0}
 
-    def take(self, number):
+    def take(self, number, **how):
         self._binding.batch_bytes = 0  # every tensor a batch of its own
         self._copier.fence()
         state.update(armed=number == step, count=0)
-        return real_take(self, number)
+        return real_take(self, number, **how)
 
     def copy(places, sources):
         import threading
