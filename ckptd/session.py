@@ -622,6 +622,7 @@ class Session:
             if decision or source is None or work is None:
                 return decision
             cores = len(os.sched_getaffinity(0)) // self._place.local_count
+            work.create()
             filled = restoring.apply(staged, work.target, max(1, cores))
             work.finish()
             return Restored(

@@ -295,7 +295,7 @@ def optimizer_state(prefix: str, optimizer: Optimizer, fqns: Mapping[int, str], 
             k: (dtype, shape == tuple(local_of(p).shape) and bool(shape)) for k, (dtype, shape) in expected.get(id(p), {}).items()
         }
         slots |= {k: (v.dtype, v.shape == p.shape and v.ndim > 0) for k, v in live.items()}
-        for slot, (dtype, like_param) in sorted(slots.items()):
+        for slot, (dtype, like_param) in slots.items():  # in the order in which the optimizer makes them
             leaf = _state_leaf(f"optim.{prefix}state.{fqn}.{slot}", optimizer, p, slot, dtype, like_param, live.get(slot))
             leaf.local = id(p) in own
             out.leaves.append(leaf)

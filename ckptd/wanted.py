@@ -146,15 +146,19 @@ class Wanted:
 
         self._values = [(obj, self._agreed(obj, [typed.decode(v, get) for v in values])) for obj, values in self._objects]
 
+    def create(self) -> None:
+        """Make optimizer state that does not exist yet, in the order in which the optimizer would: ranks that walk it must meet in their collectives."""
+        for leaf in self._leaves:
+            if leaf.like is not None and leaf.resolve() is None:
+                leaf.like()
+
     def target(self, want: int) -> Tensor:
-        """The live tensor of a want, as stored; optimizer state is made if it does not exist yet."""
+        """The live tensor of a want, as stored."""
         leaf = self._leaves[want]
         live = leaf.resolve()
         if live is None:
-            if leaf.like is None:
-                msg = f"{leaf.name} vanished between attach and restore"
-                raise Bug(msg)
-            live = leaf.like()
+            msg = f"{leaf.name} vanished between attach and restore"
+            raise Bug(msg)
         return state.stored_view(state.local_of(live), leaf.view)
 
     def finish(self) -> None:

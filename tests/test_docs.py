@@ -232,7 +232,8 @@ def test_the_quick_start_is_killed_and_resumes(tmp_path):
     assert sorted(begins[:2]) == [("1", "0", "fresh")] * 2 and len(begins) == 4, done.stdout
     for attempt, step, source in begins[2:]:
         assert (attempt, source) == ("2", "memory") and 490 <= int(step) <= 500
-    assert sorted(p.name for p in (tmp_path / "ckpt" / "train").iterdir()) == ["step-00000800", "step-00001000"]
+    kept = sorted(p.name for p in (tmp_path / "ckpt" / "train").iterdir())
+    assert len(kept) == 2 and kept[-1] == "step-00001000", kept
 
 
 if __name__ == "__main__":
