@@ -130,7 +130,7 @@ class CpuCopier:
 
     def _run(self) -> None:
         while (capture := self._queue.get()) is not None:
-            _settle(capture, lambda c=capture: self._copy(c))  # type: ignore[misc]
+            _settle(capture, lambda c=capture: self._copy(c))  # type: ignore[misc]  # mypy cannot type a lambda's default
             del capture  # an idle thread must not keep the last snapshot's tensors alive
 
     @staticmethod
@@ -195,7 +195,7 @@ class CudaCopier:
 
     def _run(self) -> None:
         while (capture := self._queue.get()) is not None:
-            _settle(capture, lambda c=capture: self._wait(c))  # type: ignore[misc]
+            _settle(capture, lambda c=capture: self._wait(c))  # type: ignore[misc]  # as above
             del capture
 
     def _wait(self, capture: Capture) -> list[str]:

@@ -174,7 +174,7 @@ def main() -> int:
     print(f"{'event':<28} {'steps lost':>10}  {'seconds to next step':>20}  source")
     for event_, lost, seconds, source in rows:
         print(f"{event_:<28} {lost:>10}  {seconds:>20}  {source}")
-    print(f"\nstep time, median: {without:.1f} ms without ckptd, {with_:.1f} ms with a snapshot every step ({with_ / without:.2f}x)")
+    print(f"\nstep time, median: {without:.1f} ms without ckptd, {with_:.1f} ms with a snapshot every step ({with_ / without:.2f}x, restarts and their standbys' imports included; scripts/bench snapshot measures it undisturbed)")
     print("for restores the seconds are those of session.restore()")
     print(f"{'everything held' if ok else 'SOMETHING DID NOT HOLD'} ({time.monotonic() - BEGAN:.0f} s)")
     return 0 if ok else 1
