@@ -603,9 +603,10 @@ class Node:
         for snapshot in [*job.snapshots.values()]:
             if snapshot.persist_since_s is None and snapshot.key in job.snapshots and self._obsolete(job, snapshot.key):
                 yield from self._drop(job, snapshot)
-                if snapshot.key == job.persist_key:
-                    why = "superseded before it was committed here"
-                    yield from self._persist_failed(job, PersistFailed(job.name, *snapshot.key, why), now_s)
+                if snapshot.key == job.persist_key:  # checksums were made out of order, so a newer step was committed first
+                    yield from self._persist_next(job, now_s)
+                    if job.node != 0 and job.nodes > 1:  # node 0 saw the same, unless news were lost
+                        yield TellPeers(job.name, *snapshot.key, "persist failed")
 
     def _doom(self, job: Job, key: Key, now_s: float, *, tell: bool) -> Iterator[Action]:
         """A rank will never have it: release it, here and (`tell`) everywhere."""
@@ -619,11 +620,8 @@ class Node:
         yield TellRanks(job.name, *key, "skipped")
         if tell and job.nodes > 1:
             yield TellPeers(job.name, *key, "skipped")
-        if key == job.persist_key:  # then the next one
-            job.persist_key = None
-            if job.node == 0:
-                job.persist_wanted = max(key[1], job.persist_wanted or 0)
-                yield from self._decide_persist(job, now_s)
+        if key == job.persist_key:
+            yield from self._persist_next(job, now_s)
 
     def _passes(self, job: Job, attempt: int, rank: int, step: int, now_s: float) -> Iterator[Action]:
         """A local rank has come to `step`: what it should have filled before and did not, it skipped."""
@@ -659,6 +657,13 @@ class Node:
         if job.nodes > 1:
             yield TellPeers(job.name, *snapshot.key, "persist")
         yield from self._begin_persist(job, snapshot, now_s)
+
+    def _persist_next(self, job: Job, now_s: float) -> Iterator[Action]:
+        """What was to be persisted was never committed: the next one takes its place. No failure: the wish stands."""
+        gone, job.persist_key = job.persist_key, None
+        if gone is not None and job.node == 0:
+            job.persist_wanted = max(gone[1], job.persist_wanted or 0)
+            yield from self._decide_persist(job, now_s)
 
     @staticmethod
     def _begin_persist(job: Job, snapshot: Snapshot, now_s: float) -> Iterator[Action]:

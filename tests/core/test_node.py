@@ -332,6 +332,23 @@ def test_a_decided_step_that_a_rank_skipped_gives_way_to_the_next():
     assert told("persist", 2) in sealed_here(m, 2, nodes=2)
 
 
+def test_a_decided_step_that_was_overtaken_gives_way_to_the_newer_one():
+    """Two images are hashed at a time, so node 1 may seal step 2 before step 1, and 2 is committed first. The wish is not lost, and nothing failed."""
+    zero, one = Node(), Node()
+    run(zero, began(nodes=2), PersistAsked(J, 1, 1))
+    assert sealed_here(zero, 1, nodes=2) == [told("persist", 1), told("sealed", 1)]
+    sealed_here(zero, 2, nodes=2)
+    run(one, began(node=1, nodes=2), PersistTold(J, 1, 1), PeerSealed(J, 1, 1, 0), PeerSealed(J, 1, 2, 0))
+    run(one, filled(1, node=1, nodes=2), filled(2, node=1, nodes=2))
+    assert told("persist failed", 1) in run(one, hashed(2))
+    actions = run(zero, PeerSealed(J, 1, 2, 1))
+    assert told("persist", 2) in actions
+    assert [a.step for a in actions if isinstance(a, WriteImages)] == [2]
+    assert run(zero, PersistFailed(J, 1, 1, "node 1 could not", here=False)) == []
+    assert [a.step for a in run(one, PersistTold(J, 1, 2)) if isinstance(a, WriteImages)] == [2]
+    assert [m.jobs[J].counters.persist_failed for m in (zero, one)] == [0, 0]
+
+
 def test_a_successor_of_node_0_takes_over_what_was_being_persisted():
     m = Node()
     run(m, began(nodes=2))

@@ -267,7 +267,8 @@ def test_wishes_at_different_times_are_one_wish(rig, tmp_path):
         t.get(lambda m: isinstance(m, wire.Reached) and m.state == "persisted" and m.step >= 22, 15)
     for t in (a, b):
         until(lambda t=t: not any(s["persisting"] for s in t.job()["snapshots"]), what="a node waits for another that writes another step")
-        assert t.job()["counters"]["persist_failed"] == 0
+        why = [m.state for m in t.inbox if isinstance(m, wire.Reached) and m.state.startswith("persist failed")]
+        assert t.job()["counters"]["persist_failed"] == 0, why
     found = checkpoint.list_checkpoints(open_store(str(tmp_path)), JOB)
     print(f"{a.job()['counters']['persisted']} of 24 wishes became a checkpoint; steps kept: {[f.step for f in found if f.ok]}")
 
