@@ -240,14 +240,16 @@ class Staged:
 def stage(source: Source, wants: Sequence[Want], array_wants: Sequence[Want], *, mine: int) -> Staged:
     """Plan and ensure. Raises CkptdError; touches no live tensor."""
     everything = (*wants, *array_wants)
-    copies = tuple(plan_restore(source.index, everything, mine=mine))
+    copies = plan_restore(source.index, everything, mine=mine)
     source.ensure(byte_ranges(copies, {i: w.dtype for i, w in enumerate(everything)}))
-    arrays = {}
-    for i, want in enumerate(array_wants, start=len(wants)):
-        made = torch.empty(want.box.extent, dtype=TORCH_DTYPES[want.dtype])
-        held = made, want.box, want.dtype
-        _copy(source, [c for c in copies if c.want == i], lambda _, held=held: held)  # type: ignore[misc]
-        arrays[want.name] = made
+    made = [torch.empty(want.box.extent, dtype=TORCH_DTYPES[want.dtype]) for want in array_wants]
+
+    def array(i: int) -> tuple[Tensor, Box, str]:
+        want = everything[i]
+        return made[i - len(wants)], want.box, want.dtype
+
+    _copy(source, (c for c in copies if c.want >= len(wants)), array)
+    arrays = {want.name: tensor for want, tensor in zip(array_wants, made, strict=True)}
     return Staged(source, tuple(c for c in copies if c.want < len(wants)), tuple(wants), arrays)
 
 

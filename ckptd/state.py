@@ -390,12 +390,15 @@ def _together(name: str, several: Sequence[Obj]) -> Obj:
 
 def _set_groups(optimizer: Optimizer, names: Mapping[int, str], groups: list[dict[str, Any]]) -> None:
     """Give every group the hyper-parameters that its parameters were saved with. Raises Unstorable if they were saved with different ones."""
-    saved = {fqn: {k: v for k, v in g.items() if k != "params"} for g in groups for fqn in g["params"]}
+    saved: dict[str, dict[str, Any]] = {}
+    for g in groups:
+        shared = {k: v for k, v in g.items() if k != "params"}
+        saved |= {fqn: shared for fqn in g["params"]}
     for i, group in enumerate(optimizer.param_groups):
         found = [saved[names[id(p)]] for p in group["params"] if names[id(p)] in saved]
         if not found:
             continue
-        if any(repr(f) != repr(found[0]) for f in found[1:]):
+        if any(f is not found[0] and repr(f) != repr(found[0]) for f in found[1:]):
             msg = f"param group {i} mixes parameters that were saved in groups with different hyper-parameters"
             raise Unstorable(msg, remedy="build the optimizer with the groups that it was saved with")
         for key, value in found[0].items():

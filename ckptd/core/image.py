@@ -49,8 +49,7 @@ ITEM_BYTES: Mapping[str, int] = {
 """Bytes per element of every dtype that safetensors.torch 0.8 can load; others travel as U8 (see `views`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """A box of a tensor that one image holds. `shape` is the tensor's global shape, `view` the logical dtype if stored as bytes."""
 
     name: str
@@ -65,8 +64,7 @@ class Piece:
         return self.box.numel * ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """A piece and its place: `begin` and `end` are bytes from the start of the image's data section."""
 
     key: str
@@ -83,8 +81,8 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=False):
     rank: int
     world_size: int
     coords: dict[str, int] = {}
-    shapes: dict[str, list[int]] = {}
-    extra: dict[str, tuple[str, list[int]]] = {}
+    shapes: dict[str, Shape] = {}
+    extra: dict[str, tuple[str, Shape]] = {}
     """key -> (name, start): further boxes of a tensor, keyed `<name>#1`, ..."""
     views: dict[str, str] = {}
     aliases: dict[str, str] = {}
@@ -248,7 +246,8 @@ def parse(header: bytes | memoryview, image_bytes: int) -> Image:
         raise BadImage(msg)
     meta = _parse_meta(described["ckptd"])
     starts = _parse_starts(described.get("DCP_SHARDING_INFO", ""))
-    entries = sorted((_parse_entry(k, v, meta, starts) for k, v in table.items()), key=lambda e: (e.begin, e.end))
+    entries = [_parse_entry(key, info, meta, starts) for key, info in _parse_infos(table).items()]
+    entries.sort(key=lambda e: (e.begin, e.end))
     at = 0
     for entry in entries:
         if entry.begin != at:
@@ -280,52 +279,64 @@ def _parse_meta(text: str) -> Meta:
     return meta
 
 
-def _parse_starts(text: str) -> dict[str, Shape]:
-    raw = _load(text, "DCP_SHARDING_INFO")
+def _parse_starts(text: str) -> dict[str, _Starts]:
     try:
-        table = msgspec.convert(raw, dict[str, dict[str, tuple[int, ...]]])
-        return {k: v["saved_offsets"] for k, v in table.items()}
-    except (msgspec.ValidationError, KeyError) as e:
+        return msgspec.convert(_load(text, "DCP_SHARDING_INFO"), dict[str, _Starts])
+    except msgspec.ValidationError as e:
         msg = f"DCP_SHARDING_INFO: {e}"
         raise BadImage(msg) from e
 
 
-def _parse_entry(key: str, raw: object, meta: Meta, starts: Mapping[str, Shape]) -> Entry:
+def _parse_infos(table: Mapping[str, object]) -> dict[str, _TensorInfo]:
+    """All at once, for there may be many thousands; one by one where one is wrong, to name it."""
     try:
-        info = msgspec.convert(raw, _TensorInfo)
-    except msgspec.ValidationError as e:
-        msg = f"{key}: {e}"
-        raise BadImage(msg) from e
-    if info.dtype not in ITEM_BYTES:
+        return msgspec.convert(table, dict[str, _TensorInfo])
+    except msgspec.ValidationError:
+        for key, raw in table.items():
+            try:
+                msgspec.convert(raw, _TensorInfo)
+            except msgspec.ValidationError as e:
+                msg = f"{key}: {e}"
+                raise BadImage(msg) from e
+        raise
+
+
+def _parse_entry(key: str, info: _TensorInfo, meta: Meta, starts: Mapping[str, _Starts]) -> Entry:
+    item_bytes = ITEM_BYTES.get(info.dtype)
+    if item_bytes is None:
         msg = f"{key}: unknown dtype {info.dtype!r}"
         raise BadImage(msg)
     name, start = meta.extra.get(key, (key, None))
     shape = meta.shapes.get(name)
     where = starts.get(key)
-    if shape is None or where is None or (start is not None and tuple(start) != where):
+    if shape is None or where is None or (start is not None and start != where.saved_offsets):
         msg = f"{key}: its global shape or its offsets are missing, or are told in two ways"
         raise BadImage(msg)
     begin, end = info.data_offsets
-    if len(info.shape) > DIMS_MAX or min((*info.shape, *shape, *where, begin, end), default=0) < 0:
+    if len(info.shape) > DIMS_MAX or min(begin, end, *info.shape, *shape, *where.saved_offsets) < 0:
         msg = f"{key}: too many dimensions, or a negative number"
         raise BadImage(msg)
-    if end - begin != prod(info.shape) * ITEM_BYTES[info.dtype]:
-        msg = f"{key}: shape {info.shape} of {info.dtype} does not fill bytes {begin} to {end}"
+    if end - begin != prod(info.shape) * item_bytes:
+        msg = f"{key}: shape {list(info.shape)} of {info.dtype} does not fill bytes {begin} to {end}"
         raise BadImage(msg)
-    if len(where) != len(info.shape):
-        msg = f"{key}: offsets {where} do not fit shape {info.shape}"
+    if len(where.saved_offsets) != len(info.shape):
+        msg = f"{key}: offsets {where.saved_offsets} do not fit shape {list(info.shape)}"
         raise BadImage(msg)
-    box = Box(where, tuple(info.shape))
+    box = Box(where.saved_offsets, info.shape)
     if not box.inside(shape):
-        msg = f"{key}: box {box} does not lie in global shape {tuple(shape)}"
+        msg = f"{key}: box {box} does not lie in global shape {shape}"
         raise BadImage(msg)
-    return Entry(key, Piece(name, info.dtype, tuple(shape), box, meta.views.get(name, "")), begin, end)
+    return Entry(key, Piece(name, info.dtype, shape, box, meta.views.get(name, "")), begin, end)
 
 
-class _TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     dtype: str
-    shape: list[int]
+    shape: Shape
     data_offsets: tuple[int, int]
+
+
+class _Starts(msgspec.Struct, frozen=True, gc=False):
+    saved_offsets: Shape
 
 
 def _load(text: str | bytes | memoryview, what: str) -> Any:

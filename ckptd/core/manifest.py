@@ -37,8 +37,7 @@ def image_name(rank: int) -> str:
     return f"images/r{rank:05}.safetensors"
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(msgspec.Struct, frozen=True, gc=False):
     """A logical tensor: stored dtype, global shape, and what it is if stored as bytes (`view`)."""
 
     dtype: str
@@ -46,8 +45,7 @@ class TensorInfo:
     view: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, gc=False):
     """A box of a tensor and its place: bytes [begin, end) from the start of the file of image `image`."""
 
     image: int

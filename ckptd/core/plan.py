@@ -12,7 +12,6 @@ covered, and orders the copies by image and place.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 import xxhash
@@ -150,8 +149,7 @@ class Want(msgspec.Struct, frozen=True, array_like=True):
     view: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(msgspec.Struct, frozen=True, gc=False):
     """`part` of want number `want` (a box in the tensor) lies in `box`, stored at bytes [begin, end) of image `image`."""
 
     want: int
@@ -176,7 +174,7 @@ def plan_restore(index: Index, wants: Sequence[Want], *, mine: int | None = None
     for i, want in enumerate(wants):
         covered = 0
         for row in index.rows[want.name]:
-            part = want.box.intersect(row.box)
+            part = row.box.intersect(want.box)
             if part is not None:
                 covered += part.numel
                 copies.append(Copy(i, row.image, part, row.box, row.begin, row.end))
@@ -206,6 +204,9 @@ def byte_ranges(copies: Iterable[Copy], dtypes: Mapping[int, str]) -> dict[int, 
     """
     found: dict[int, list[tuple[int, int]]] = {}
     for c in copies:
+        if c.part is c.box:
+            found.setdefault(c.image, []).append((c.begin, c.end))
+            continue
         low, high = span(c.part.relative_to(c.box), c.box.extent)
         item = ITEM_BYTES[dtypes[c.want]]
         found.setdefault(c.image, []).append((c.begin + low * item, c.begin + high * item))

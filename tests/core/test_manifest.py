@@ -134,8 +134,8 @@ def test_check_rows_catches_every_disagreement_between_index_and_header():
         with_image(header_bytes=held.header_bytes - 8), with_image(image_bytes=held.image_bytes + 8),
         with_image(objects={"rng": {"$tuple": [5, 1.5, "é", None]}}), with_image(objects={}), with_image(coords={"dp": 1}),
         with_image(aliases={"tied": "model.b"}),
-        replace_index(index, tensors={**index.tensors, "model.a": replace(index.tensors["model.a"], dtype="F16")}),
-        replace_index(index, tensors={**index.tensors, "model.a": replace(index.tensors["model.a"], view="x")}),
+        replace_index(index, tensors={**index.tensors, "model.a": msgspec.structs.replace(index.tensors["model.a"], dtype="F16")}),
+        replace_index(index, tensors={**index.tensors, "model.a": msgspec.structs.replace(index.tensors["model.a"], view="x")}),
     ]  # fmt: skip
     for one in lying:
         with pytest.raises(BadManifest, match="^image 0: "):
