@@ -45,7 +45,7 @@ from ckptd.capture import FAILED, Capture, copier_for, copy_batch, hash_of, pin,
 from ckptd.channel import socket_path
 from ckptd.core import slots, wire
 from ckptd.core.boxes import Box
-from ckptd.core.image import Piece
+from ckptd.core.image import Layout, Piece
 from ckptd.core.ladder import Durable, Holding, Rung, rungs
 from ckptd.core.plan import LeafDecl, mesh_digest, plan_capture
 from ckptd.errors import (
@@ -191,6 +191,7 @@ class Session:
         self._condition = threading.Condition()
         self._link = Link(socket_path(settings.directory), self._hello, self._on_notice)
         self._arena: Arena | None = None
+        self._layout: Layout | None = None
         self._restored = False
         self._closed = False
         self._torn: set[str] = set()
@@ -335,7 +336,7 @@ class Session:
 
     def _join(self) -> str:
         """Ask the daemon for memory; why not, if so."""
-        layout = self._binding.lay_out(*encode_objects(self._train.objects, self.rank))
+        layout = self._layout = self._binding.lay_out(*encode_objects(self._train.objects, self.rank))
         needed = layout.image_bytes + layout.header_bytes + SLACK_BYTES
         if self._arena is not None and self._arena.geometry.slot_bytes >= needed:
             return ""
@@ -638,7 +639,7 @@ class Session:
     def _open(self, rung: Rung, timeout_s: float) -> restoring.Source:
         if rung.directory:
             return restoring.StoreSource(open_store(self.settings.store), rung.directory, self._free_areas())
-        return restoring.MemorySource(self._link, self.settings.job, rung, self._arena, timeout_s)
+        return restoring.MemorySource(self._link, self.settings.job, rung, self._arena, self._layout, timeout_s)
 
     def _free_areas(self) -> list[memoryview]:
         """The memory of free slots: populated, and nobody's until the first step after this restore."""

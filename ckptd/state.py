@@ -139,9 +139,10 @@ def coordinates(tensors: Iterable[Tensor], rank: int) -> dict[str, int]:
 
 def local_of(tensor: Tensor) -> Tensor:
     """The bytes on this rank, detached; shares storage and version counter with the tensor."""
-    with torch.no_grad():
-        t = tensor.detach()
-        return t.to_local() if isinstance(t, DTensor) else t
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():  # with gradients, it would be a view that autograd made, at ten times the cost
+            tensor = tensor.to_local()
+    return tensor.detach()
 
 
 def stored_view(tensor: Tensor, view: str) -> Tensor:
@@ -393,7 +394,7 @@ def _set_groups(optimizer: Optimizer, names: Mapping[int, str], groups: list[dic
     saved: dict[str, dict[str, Any]] = {}
     for g in groups:
         shared = {k: v for k, v in g.items() if k != "params"}
-        saved |= {fqn: shared for fqn in g["params"]}
+        saved |= dict.fromkeys(g["params"], shared)
     for i, group in enumerate(optimizer.param_groups):
         found = [saved[names[id(p)]] for p in group["params"] if names[id(p)] in saved]
         if not found:

@@ -55,7 +55,7 @@ class Wanted:
             self._leaves = [leaf for name, leaf in named if name in index.tensors]
         self.wants = [Want(self._saved_name(leaf), leaf.dtype, leaf.shape, leaf.box, leaf.view) for leaf in self._leaves]
         known = asker.declared | {leaf.name for leaf in self._leaves}
-        saved = {re.sub(r"@r\d+$", "", n) for n in index.tensors if not n.startswith("object/")}
+        saved = {re.sub(r"@r\d+$", "", n) if "@r" in n else n for n in index.tensors if not n.startswith("object/")}
         saved |= {n for n in index.images[0].objects if n != "absent" and not n.startswith("rng.")}
         self.unexpected = sorted(saved - known - self._absent)
         self._objects = self._choose_objects()
@@ -85,8 +85,8 @@ class Wanted:
         return found
 
     def _saved_name(self, leaf: Leaf) -> str:
-        own = local_name(leaf.name, self._asker.rank)
-        return own if leaf.local and self._same_mesh and own in self._index.tensors else leaf.name
+        own = local_name(leaf.name, self._asker.rank) if leaf.local and self._same_mesh else leaf.name
+        return own if own in self._index.tensors else leaf.name
 
     def _array_want(self, name: str) -> Want:
         info = self._index.tensors.get(name)

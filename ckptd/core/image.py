@@ -111,6 +111,8 @@ class Layout:
     entries: tuple[Entry, ...]
     _prefix: bytes = field(repr=False)
     """Header text up to and including the static part of the `ckptd` entry (an open JSON string)."""
+    _meta: Meta = field(repr=False)
+    """What that entry says, but for attempt, step and objects."""
 
     def render(self, *, attempt: int, step: int, objects: Mapping[str, Json]) -> bytes:
         """The header of one step, `header_bytes` long. Raises OverflowError if the objects do not fit any more: lay out anew."""
@@ -121,6 +123,25 @@ class Layout:
             msg = f"header needs {len(text)} bytes, has {room}"
             raise OverflowError(msg)
         return room.to_bytes(8, "little") + text.ljust(room)
+
+    def recognise(self, header: bytes | memoryview, image_bytes: int) -> Image | None:
+        """What `parse` would say of an image that has this very layout: its header begins with the text that `render` writes, and only the tail is read.
+
+        None if it has another, or if anything is wrong with it: then `parse` says what. A restart on the same mesh finds the layout that it makes.
+        """
+        at = 8 + len(self._prefix)
+        if bytes(header[8:at]) != self._prefix:
+            return None
+        try:
+            header_bytes = header_bytes_of(header, image_bytes)
+            text = str(header[at:header_bytes], "ascii").rstrip(" ")
+            if header_bytes - self.header_bytes != image_bytes - self.image_bytes or not text.endswith('"}}'):
+                return None
+            tail = msgspec.convert(_load("{" + _load(f'"{text[:-3]}"', "tail"), "tail"), _Tail)
+            meta = _checked(msgspec.structs.replace(self._meta, attempt=tail.attempt, step=tail.step, objects=tail.objects))
+        except (BadImage, ValueError):
+            return None
+        return Image(header_bytes, image_bytes, self.entries, meta)
 
 
 def lay_out(
@@ -152,12 +173,17 @@ def lay_out(
         seen[piece.name] = count + 1
         entries.append(Entry(key, piece, at, at + piece.nbytes))
         at += piece.nbytes
-    prefix = _prefix(entries, job=job, rank=rank, world_size=world_size, coords=coords, aliases=aliases)
+    meta = Meta(
+        FORMAT_VERSION, job, rank, world_size, dict(coords), {e.piece.name: e.piece.shape for e in entries},
+        {e.key: (e.piece.name, e.piece.box.start) for e in entries if e.key != e.piece.name},
+        {e.piece.name: e.piece.view for e in entries if e.piece.view}, dict(aliases),
+    )  # fmt: skip
+    prefix = _prefix(entries, meta)
     header_bytes = _rounded(8 + len(prefix) + 2 * objects_bytes + 1024)
     if header_bytes - 8 > HEADER_BYTES_MAX:
         msg = f"image of rank {rank}: a header of {header_bytes} bytes is over safetensors' limit of {HEADER_BYTES_MAX}"
         raise Unstorable(msg, remedy="fewer tensors per rank (fuse small ones), or smaller objects")
-    return Layout(header_bytes, header_bytes + at, tuple(entries), prefix)
+    return Layout(header_bytes, header_bytes + at, tuple(entries), prefix, meta)
 
 
 def _check_storable(pieces: Sequence[Piece]) -> None:
@@ -174,23 +200,11 @@ def _has_surrogate(text: str) -> bool:
     return not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _prefix(
-    entries: Sequence[Entry], *, job: str, rank: int, world_size: int, coords: Mapping[str, int], aliases: Mapping[str, str]
-) -> bytes:
+def _prefix(entries: Sequence[Entry], ckptd: Meta) -> bytes:
     tensors = {
         e.key: {"dtype": e.piece.dtype, "shape": list(e.piece.box.extent), "data_offsets": [e.begin, e.end]} for e in entries
     }
-    static = {
-        "format": FORMAT_VERSION,
-        "job": job,
-        "rank": rank,
-        "world_size": world_size,
-        "coords": dict(coords),
-        "shapes": {e.piece.name: list(e.piece.shape) for e in entries},
-        "extra": {e.key: [e.piece.name, list(e.piece.box.start)] for e in entries if e.key != e.piece.name},
-        "views": {e.piece.name: e.piece.view for e in entries if e.piece.view},
-        "aliases": dict(aliases),
-    }
+    static = {k: v for k, v in msgspec.to_builtins(ckptd).items() if k not in _Tail.__struct_fields__}
     meta = {
         "format": "pt",
         "DCP_VERSION": "1.0",
@@ -268,9 +282,16 @@ def _parse_meta(text: str) -> Meta:
         msg = f"image format {version} is newer than this ckptd's {FORMAT_VERSION}"
         raise NewerFormat(msg, remedy="upgrade ckptd")
     try:
-        meta = msgspec.convert(raw, Meta)
+        return _checked(msgspec.convert(raw, Meta))
+    except msgspec.ValidationError as e:
+        msg = f"ckptd metadata: {e}"
+        raise BadImage(msg) from e
+
+
+def _checked(meta: Meta) -> Meta:
+    try:
         msgspec.msgpack.encode(meta)  # the index will say it so: text is Unicode, numbers have 64 bits
-    except (msgspec.ValidationError, UnicodeEncodeError, OverflowError, RecursionError) as e:
+    except (UnicodeEncodeError, OverflowError, RecursionError) as e:
         msg = f"ckptd metadata: {e}"
         raise BadImage(msg) from e
     if meta.format < 1 or not 0 <= meta.rank < meta.world_size or meta.step < 0 or meta.attempt < 0:
@@ -327,6 +348,14 @@ def _parse_entry(key: str, info: _TensorInfo, meta: Meta, starts: Mapping[str, _
         msg = f"{key}: box {box} does not lie in global shape {shape}"
         raise BadImage(msg)
     return Entry(key, Piece(name, info.dtype, shape, box, meta.views.get(name, "")), begin, end)
+
+
+class _Tail(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What of `Meta` is new in every step, last in the text."""
+
+    attempt: int
+    step: int
+    objects: dict[str, Any]
 
 
 class _TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):

@@ -58,6 +58,45 @@ def test_what_is_laid_out_is_parsed_back(pieces, state, step, rank):
     assert (image.meta.attempt, image.meta.step, image.meta.objects) == (3, step, objects)
     for key, value in state.items():
         assert repr(typed.decode(image.meta.objects[key], lambda *_: None)) == repr(value)
+    assert same(layout.recognise(memoryview(header), layout.image_bytes), image)
+
+
+def same(one, other):
+    return (one.header_bytes, one.image_bytes, {*one.entries}, one.meta) == (other.header_bytes, other.image_bytes, {*other.entries}, other.meta)
+
+
+@CASES
+@given(piece_lists(), st.data())
+def test_what_is_recognised_is_what_is_parsed(pieces, data):
+    """Another header, or a broken one, is recognised only as what the parser says of it."""
+    layout = laid(pieces, objects_bytes=200)
+    header = bytearray(layout.render(attempt=3, step=7, objects={"a": [1, "x"], "b": {"$tuple": []}}))
+    text_end = len(header.rstrip(b" "))
+    for _ in range(60):
+        broken = bytearray(header)
+        at = data.draw(st.one_of(st.integers(0, len(header) - 1), st.integers(max(0, text_end - 120), text_end)))
+        match data.draw(st.sampled_from(["flip", "cut", "insert", "quote"])):
+            case "flip":
+                broken[at] ^= data.draw(st.sampled_from([1, 2, 4, 16, 32, 128]))
+            case "cut":
+                del broken[at]
+                broken.append(32)
+            case "insert":
+                broken.insert(at, data.draw(st.sampled_from(b'0-9"\\{}[],: \n')))
+                del broken[-1]
+            case _:
+                broken[at : at + 1] = b'"'
+        size = layout.image_bytes + data.draw(st.sampled_from([0, 0, 0, 1, -1]))
+        found = layout.recognise(memoryview(bytes(broken)), size)
+        if found is not None:
+            assert same(found, parse(bytes(broken), size))
+
+
+def test_another_layout_is_not_recognised():
+    one, two = laid([piece("a", "F32", (2, 2))]), laid([piece("b", "F32", (2, 2))])
+    header = one.render(attempt=1, step=2, objects={})
+    assert two.recognise(header, one.image_bytes) is None
+    assert one.recognise(b"", 0) is None
 
 
 @CASES
