@@ -68,6 +68,18 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began_s
 
 
+def rates(cases: dict[str, Callable[[], Any]], rounds: int, nbytes: int) -> dict[str, list[float]]:
+    """case -> bytes per second by round, where each case does `nbytes`; warmed up, interleaved, in rotating order."""
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for work in cases.values():
+        work()
+    with no_collector():
+        for turn in range(rounds):
+            for name in rotated([*cases], turn):
+                found[name].append(nbytes / timed(cases[name]))
+    return found
+
+
 # --- what comes out ---------------------------------------------------------------------------------------------------------
 
 
