@@ -150,16 +150,16 @@ def room() -> Room:
     return min(found, key=lambda r: r.available_bytes)
 
 
-def admit(slot_bytes: int, wanted_slots: int, ranks_to_come: int) -> int:
-    """Slots that one rank may have while as much is left for `ranks_to_come` others. Raises MemoryRefused below two, with the numbers."""
+def admit(slot_bytes: int, wanted_slots: int, ranks_to_come: int, least: int = slots.SLOTS_MIN) -> int:
+    """Slots that one rank may have while as much is left for `ranks_to_come` others. Raises MemoryRefused below `least`, with the numbers."""
     free = room()
     margin = MARGIN_BYTES + psutil.virtual_memory().total // 20
     share = max(0, free.available_bytes - margin) // (ranks_to_come + 1)
     per_slot = Geometry(slots.SLOTS_MIN, slots.round_up(slot_bytes)).stride
     allowed = min(wanted_slots, slots.SLOTS_MAX, share // per_slot)
-    if allowed < slots.SLOTS_MIN:
+    if allowed < least:
         msg = (
-            f"a rank needs {slots.SLOTS_MIN} slots of {per_slot / 1e6:.0f} MB; {free.available_bytes / 1e6:.0f} MB are free "
+            f"a rank needs {least} slots of {per_slot / 1e6:.0f} MB; {free.available_bytes / 1e6:.0f} MB are free "
             f"({free.limit}), {margin / 1e6:.0f} MB stay reserved, and {ranks_to_come} more ranks of this node want as much"
         )
         raise MemoryRefused(msg, remedy="raise the memory limit, shard the state over more ranks, or run fewer ranks per node")

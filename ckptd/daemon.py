@@ -26,14 +26,14 @@ import signal
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckptd import __version__, arena, notify, peers
+from ckptd import __version__, arena, notify, peers, protect
 from ckptd.channel import Channel, Pipe, peer_of, pidfd_of, private_directory, socket_path
 from ckptd.core import checksum, node, slots, wire
 from ckptd.core.ladder import Key
@@ -53,6 +53,8 @@ ACTIVE_S = 5.0
 """A rank that filled a slot within this time is at work."""
 LINGER_ASKED_S = 60.0
 """A daemon without a linger time that was asked to leave while others use it goes this long after the last of them."""
+PROTECT_SLOTS_MIN = 3
+"""With less, the PROTECTED and the COMMITTED snapshot would leave no slot to fill."""
 POOL_NICE = 5
 """Byte work yields to training: it has until the next step's fence, training has no time at all."""
 
@@ -73,6 +75,8 @@ class Settings:
     """Byte work at a time."""
     persist_timeout_s: float = 3600.0
     """A snapshot that is not persisted by then gives its memory back."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Failure domains of this node: kind -> name."""
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.linger_s < 0 or self.persist_timeout_s <= 0:
@@ -121,6 +125,7 @@ class Daemon:
         self.ahead: dict[str, tuple[int, Key | None]] = {}
         self.guests: dict[tuple[str, int, int, int], Guest] = {}
         self.tiers: dict[str, Tier] = {}
+        self.protection = protect.Protection(self)
         self.written: dict[tuple[str, int, int], dict[int, bytes]] = {}
         self.verifying: dict[node.SlotRef, asyncio.Lock] = {}
         self.busy: Counter[str] = Counter()
@@ -139,7 +144,7 @@ class Daemon:
             node.Release: lambda a: self.arenas.release(a.ref),
             node.TellPeers: self._do_tell_peers,
             node.TellRanks: self._do_tell_ranks,
-            node.WriteImages: self._do_write_images,
+            node.DoPart: self._do_part,
             node.WriteManifest: self._do_write_manifest,
         }
 
@@ -326,6 +331,15 @@ class Daemon:
     def _scan(self, held: arena.Arena) -> None:
         """Tell the node about complete fillings that it may not know: their messages died with the trainer or a daemon."""
         job = held.descriptor.job
+        if held.descriptor.rank == protect.FRAGMENT_RANK:
+            self.arenas.void_torn(held)
+            for ref, h in [*self.arenas.filled(held)]:
+                fragment = protect.found(held, ref, h)
+                if fragment is None:
+                    self.arenas.release(ref)
+                else:
+                    self._event(node.FragmentFound(job, h.attempt, h.step, ref, fragment))
+            return
         for ref, h in [*self.arenas.filled(held)]:
             self._event(
                 node.Filled(job, h.attempt, h.step, h.rank, h.world_size, h.local_count, h.node, h.nodes, ref, h.image_bytes)
@@ -354,10 +368,10 @@ class Daemon:
             case wire.Skipped():
                 self._event(node.Skipped(client.job, client.attempt, message.step))
             case wire.Persist():
-                self._event(node.PersistAsked(client.job, client.attempt, message.step))
+                self._event(node.Asked(client.job, client.attempt, message.step))
             case wire.Chose():
                 source = None if message.step < 0 else (message.attempt, message.step)
-                self._event(node.Chosen(client.job, client.attempt, source))
+                self._event(node.Chosen(client.job, client.attempt, source, message.protected))
                 self._drop_guests(client.job)
             case wire.RestoreFailed():
                 self._failed(f"restore of job {client.job} step {message.step} from {message.source}", PeerFailedHere(message.why))
@@ -430,6 +444,7 @@ class Daemon:
                 attempt_max=max(attempts),
                 holdings=self.node.holdings(m.job),
                 failed=sorted(known.failed) if known else [],
+                labels=dict(self.settings.labels),
             )
         )
 
@@ -455,17 +470,20 @@ class Daemon:
             why = f"rank {m.rank} of job {m.job!r} is alive already, as process {other}: two runs must not share a job's name"
         elif not 0 <= m.node < len(m.peers) or not 0 <= m.rank < m.world_size or not 1 <= m.local_count <= m.world_size or m.image_bytes < 0:
             why = f"rank {m.rank} of {m.world_size}, {m.local_count} here, node {m.node} of {len(m.peers)}, {m.image_bytes} bytes: this cannot be"
+        elif len(m.labels) not in {0, len(m.peers)}:
+            why = f"failure domains of {len(m.labels)} nodes for {len(m.peers)}"
         if why:
             if fd is not None:
                 os.close(fd)
             raise BadArgument(why)
+        protects = self.protection.join(m)
         if known is None or m.attempt > known.attempt:
             self._verify_ahead(m.job)  # beside granting and mapping of memory; if a death has begun it, there is nothing to do
             self.ahead.pop(m.job, None)
         client.attempt = m.attempt
         if fd is not None:
             self._adopt(fd, f"handed back by rank {m.rank}")
-        self._event(node.AttemptBegan(m.job, m.attempt, m.node, len(m.peers)))
+        self._event(node.AttemptBegan(m.job, m.attempt, m.node, len(m.peers), protects, m.protected))
         self.tiers[m.job] = Tier(m.store, Retention(newest=m.keep_newest, every=m.keep_every), self._tier(m.job).last)
         self.peers.join(m.job, m.attempt, m.node, m.peers)
         held, note = await self._arena_for(client, m)
@@ -512,17 +530,21 @@ class Daemon:
             msg = f"rank {m.rank} handed back no arena that can be used"
             raise NotFound(msg)
         joined = sum(c.job == m.job and c.attempt == m.attempt and c.arena is not None for c in self.clients)
-        allowed = arena.admit(m.image_bytes, m.slots, max(0, m.local_count - 1 - joined))
+        least = PROTECT_SLOTS_MIN if m.parity and len(m.peers) > 1 else slots.SLOTS_MIN
+        allowed = arena.admit(m.image_bytes, m.slots, max(0, m.local_count - 1 - joined), min(least, m.slots))
         made = await self._in_pool(
             partial(arena.Arena.create, job=m.job, rank=m.rank, slot_count=allowed, slot_bytes=m.image_bytes)
         )
         await self._in_pool(made.populate)
         self.arenas.add(made)
-        for keeper in self.clients:
-            if keeper.role == "keeper" and keeper.job == m.job:
-                keeper.channel.send(wire.Kept(arena=made.name), made.fd)
+        self._offer_to_keepers(made)
         note = "" if allowed == m.slots else f"{allowed} slots instead of {m.slots}: memory is short"
         return made, note
+
+    def _offer_to_keepers(self, made: arena.Arena) -> None:
+        for keeper in self.clients:
+            if keeper.role == "keeper" and keeper.job == made.descriptor.job:
+                keeper.channel.send(wire.Kept(arena=made.name), made.fd)
 
     async def _open(self, client: Client, m: wire.Open) -> None:
         found = self._find(m.job, m.attempt, m.step, m.rank)
@@ -540,13 +562,16 @@ class Daemon:
                 return
         key = (m.job, m.attempt, m.step, m.rank)
         guest = self.guests.get(key)
-        if guest is None:
+        if guest is None and m.remains is not None:
+            guest = await self.protection.open(key, m.remains)
+            guest = self.guests.setdefault(key, guest)
+        elif guest is None:
             address = self.peers.address_of(m.job, m.node)
             about = await self.peers.describe(address, *key)
             guest = self.guests.get(key)  # another rank may have been faster
             if guest is None:
                 guest = self.guests[key] = Guest.of(_image_id(m), m.node, about.image_bytes, about.digests)
-        guest.node = m.node  # nodes are numbered anew in each attempt
+        guest.node, guest.remains = m.node, m.remains  # nodes are numbered anew in each attempt
         client.channel.send(
             wire.Opened(id=m.id, image=_image_id(m), offset=0, image_bytes=guest.image_bytes, digests=guest.digests), guest.fd
         )
@@ -586,6 +611,9 @@ class Daemon:
             raise NotFound(msg)
         size = guest.image_bytes
         wanted = sorted({b for b in blocks if b not in guest.present and 0 <= b < checksum.block_count(size)})
+        if guest.remains is not None:
+            await self.protection.decode(key, guest, guest.remains, wanted)
+            return
         ranges = [checksum.extent_of(b, size) for b in wanted]
         address = self.peers.address_of(key[0], guest.node)
         async for at, data in self.peers.fetch(address, *key, ranges):
@@ -606,6 +634,7 @@ class Daemon:
         self.peers.leave(job)
         self._drop_guests(job)
         self.tiers.pop(job, None)
+        self.protection.leave(job)
         for held in self.arenas.of(job):
             if not any(c.arena is held for c in self.clients):
                 self._drop_arena(held)
@@ -628,6 +657,8 @@ class Daemon:
                 continue
             needed = {i.ref.arena for s in job.snapshots.values() for i in s.images.values()}
             for held in self.arenas.of(job.name):
+                if held.descriptor.rank == protect.FRAGMENT_RANK and job.protect:
+                    continue
                 if held.name not in owned and held.name not in needed and job.committed and job.committed[0] == job.attempt:
                     self._drop_arena(held)
 
@@ -662,36 +693,47 @@ class Daemon:
             self._settled.set()
 
     def _do_tell_peers(self, a: node.TellPeers) -> None:
-        self.peers.tell(self._news(a.job, a.attempt, a.step, a.what), only=0 if a.what in {"written", "persist asked"} else None)
+        self.peers.tell(self._news(a), only=0 if a.what in {"part", "asked"} else None)
 
-    def _news(self, job: str, attempt: int, step: int, what: str) -> wire.PeerNews:
-        here = self.node.jobs[job]
+    def _news(self, a: node.TellPeers) -> wire.PeerNews:
+        here = self.node.jobs[a.job]
         digests: dict[int, bytes] = {}
-        if what == "written":
-            self.written.pop((job, attempt, step), None)
-            digests = {rank: self.arenas.digests(i.ref) for rank, i in here.snapshots[attempt, step].images.items()}
-        return wire.PeerNews(job=job, attempt=attempt, step=step, node=here.node, what=what, digests=digests)
+        if (a.what, a.errand) == ("part", node.PERSIST):
+            self.written.pop((a.job, a.attempt, a.step), None)
+            digests = {rank: self.arenas.digests(i.ref) for rank, i in here.snapshots[a.attempt, a.step].images.items()}
+        return wire.PeerNews(
+            job=a.job, attempt=a.attempt, step=a.step, node=here.node, what=a.what, errand=a.errand, after=a.after, digests=digests
+        )
 
     def _do_tell_ranks(self, a: node.TellRanks) -> None:
         for client in self.clients:
             if client.role == "rank" and client.job == a.job:
                 client.channel.send(wire.Reached(attempt=a.attempt, step=a.step, state=a.state))
 
-    def _do_write_images(self, a: node.WriteImages) -> None:
-        self._start(self._persist(a, self._write_images(a)))
+    def _do_part(self, a: node.DoPart) -> None:
+        self._start(self._errand(a, a.errand, self._write_images(a) if a.errand == node.PERSIST else self._make_fragment(a)))
 
     def _do_write_manifest(self, a: node.WriteManifest) -> None:
-        self._start(self._persist(a, self._write_manifest(a)))
+        self._start(self._errand(a, node.PERSIST, self._write_manifest(a)))
 
-    async def _persist(self, a: node.WriteImages | node.WriteManifest, work: Awaitable[None]) -> None:
+    async def _errand(self, a: node.DoPart | node.WriteManifest, errand: str, work: Awaitable[None]) -> None:
         try:
             await work
-        except (CkptdError, OSError) as e:
-            self.written.pop((a.job, a.attempt, a.step), None)
-            self._failed(f"persisting step {a.step} of job {a.job}", e)
-            self._event(node.PersistFailed(a.job, a.attempt, a.step, str(e)))
+        except (CkptdError, OSError, TimeoutError) as e:
+            if errand == node.PERSIST:
+                self.written.pop((a.job, a.attempt, a.step), None)
+            self._failed(f"{errand}ing step {a.step} of job {a.job}", e)
+            self._event(node.ErrandFailed(a.job, a.attempt, a.step, str(e), errand))
 
-    async def _write_images(self, a: node.WriteImages) -> None:
+    async def _make_fragment(self, a: node.DoPart) -> None:
+        before = {held.name for held in self.arenas.of(a.job, protect.FRAGMENT_RANK)}
+        ref, fragment = await self.protection.make(a.job, (a.attempt, a.step))
+        for held in self.arenas.of(a.job, protect.FRAGMENT_RANK):
+            if held.name not in before:
+                self._offer_to_keepers(held)
+        self._event(node.PartDone(a.job, a.attempt, a.step, node.PROTECT, ref=ref, fragment=fragment))
+
+    async def _write_images(self, a: node.DoPart) -> None:
         url = self._tier(a.job).url
         if not url:
             msg = f"job {a.job!r} has no durable tier"
@@ -699,14 +741,14 @@ class Daemon:
         held = {rank: (self.arenas.image(ref, size), self.arenas.digests(ref)) for rank, ref, size in a.refs}
         await self._in_store_pool(partial(_write_images, url, a.job, a.step, a.attempt, held))
         self.written.setdefault((a.job, a.attempt, a.step), {}).update({r: d for r, (_, d) in held.items()})
-        self._event(node.ImagesWritten(a.job, a.attempt, a.step))
+        self._event(node.PartDone(a.job, a.attempt, a.step))
 
     async def _write_manifest(self, a: node.WriteManifest) -> None:
         tier = self._tier(a.job)
         digests = self.written.pop((a.job, a.attempt, a.step), {})
         work = partial(_write_manifest, tier.url, a.job, a.step, a.attempt, a.world_size, digests, time.time())
         tier.last = await self._in_store_pool(work)
-        self._event(node.Persisted(a.job, a.attempt, a.step))
+        self._event(node.ErrandDone(a.job, a.attempt, a.step))
         retain = self._in_store_pool(partial(_retain, tier.url, a.job, tier.retention, tier.last))
         await self._guarded(f"deleting old checkpoints of job {a.job}", retain)  # no failure of this step: it is persisted
 
@@ -716,41 +758,56 @@ class Daemon:
     # --- peers.Local --------------------------------------------------------------------------------------------------------
 
     def held(self, job: str, attempt: int, step: int, rank: int) -> peers.Held:
-        """An image in memory; raises NotFound."""
+        """An image in memory, or (FRAGMENT_RANK) this node's fragment; raises NotFound."""
         found = self._find(job, attempt, step, rank)
+        if rank == protect.FRAGMENT_RANK and job in self.node.jobs and (attempt, step) in self.node.jobs[job].fragments:
+            ref = self.node.jobs[job].fragments[attempt, step][0]
+            fragments = self.arenas.get(ref.arena)
+            found = None if fragments is None else (ref, fragments.header(ref.slot).image_bytes)
         if found is None:
             msg = f"step {step} (attempt {attempt}) of job {job!r} rank {rank} is not here"
             raise NotFound(msg)
         return peers.Held(self.arenas.image(*found), self.arenas.digests(found[0]))
 
+    def listing(self, job: str, attempt: int, step: int) -> list[tuple[int, int, bytes]]:
+        """(rank, bytes, checksums) of the sealed images of a snapshot."""
+        known = self.node.jobs.get(job)
+        snapshot = known.snapshots.get((attempt, step)) if known else None
+        if snapshot is None or snapshot.state == node.FILLING:
+            return []
+        return [(rank, i.image_bytes, self.arenas.digests(i.ref)) for rank, i in sorted(snapshot.images.items())]
+
     def heard(self, news: wire.PeerNews) -> None:
         """A peer told something."""
         key = (news.job, news.attempt, news.step)
-        if news.job not in self.node.jobs:  # news make no jobs
+        if news.job not in self.node.jobs or news.errand not in {"", *node.ERRANDS}:  # news make no jobs
             return
+        errand = news.errand or node.PERSIST
         match news.what:
             case "sealed":
                 self._event(node.PeerSealed(*key, news.node))
             case "skipped":
                 self._event(node.Skipped(*key, news.node))
-            case "persist asked":
-                self._event(node.PersistAsked(*key))
-            case "persist":
-                self._event(node.PersistTold(*key))
-            case "written":
-                self.written.setdefault(key, {}).update(news.digests)
-                self._event(node.ImagesWritten(*key, news.node))
-            case "persisted":
-                self._event(node.Persisted(*key, here=False))
-            case "persist failed":
-                self.written.pop(key, None)
-                self._event(node.PersistFailed(*key, f"node {news.node} could not", here=False))
+            case "asked":
+                self._event(node.Asked(*key, errand))
+            case "told":
+                self._event(node.Told(*key, errand, news.after))
+            case "part":
+                if errand == node.PERSIST:
+                    self.written.setdefault(key, {}).update(news.digests)
+                self._event(node.PartDone(*key, errand, news.node))
+            case "done":
+                self._event(node.ErrandDone(*key, errand, here=False))
+            case "failed":
+                if errand == node.PERSIST:
+                    self.written.pop(key, None)
+                self._event(node.ErrandFailed(*key, f"node {news.node} could not", errand, here=False))
             case _:
                 log.debug("a peer says %r", news.what)
 
     def greeting(self, job: str) -> list[wire.PeerNews]:
         """News to begin a connection with."""
-        return [self._news(job, *key, what) for key, what in self.node.greeting(job)]
+        return [self._news(a) for a in self.node.greeting(job)]
 
     def attempt_of(self, job: str) -> int:
         """The newest attempt known here."""
@@ -785,15 +842,36 @@ class Daemon:
                 {
                     "attempt": s.attempt, "step": s.step, "state": s.state, "ranks": sorted(s.images),
                     "bytes": sum(i.image_bytes for i in s.images.values()),
-                    "persisting": s.persist_since_s is not None, "persisted": s.persisted,
+                    "persisting": node.PERSIST in s.since_s, "persisted": node.PERSIST in s.done,
+                    "protected": node.PROTECT in s.done or s.key == job.protected,
                 }
                 for _, s in sorted(job.snapshots.items())
             ],
             "committed": job.committed,
+            "protected": job.protected,
             "persisted": job.persisted,
+            "group": self.protection.status(job.name) if job.protect else None,
             "store": self._tier(job.name).url,
             "counters": asdict(job.counters),
         }  # fmt: skip
+
+    def snapshot(self, job: str, key: Key) -> node.Snapshot:
+        """A snapshot that is known here; raises NotFound."""
+        known = self.node.jobs.get(job)
+        found = known.snapshots.get(key) if known else None
+        if found is None:
+            msg = f"step {key[1]} (attempt {key[0]}) of job {job!r} is not here"
+            raise NotFound(msg)
+        return found
+
+    def number(self, job: str) -> int:
+        """This node's number in the job's attempt."""
+        known = self.node.jobs.get(job)
+        return known.node if known else -1
+
+    async def in_pool(self, work: Callable[[], Any]) -> Any:
+        """Byte work for others of the daemon's parts."""
+        return await self._in_pool(work)
 
     async def _in_pool(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)

@@ -13,10 +13,12 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from ckptd import notify
 from ckptd.arena import Arena
 from ckptd.core import checksum, slots
+from ckptd.core.ladder import Remains
 from ckptd.core.node import SlotRef
 from ckptd.errors import NotFound, PeerFailed
 
@@ -33,6 +35,10 @@ class Guest:
     image_bytes: int
     digests: bytes
     present: set[int] = field(default_factory=set)
+    remains: Remains | None = None
+    """Where nobody holds the image: what it is decoded from."""
+    meta: Any = None
+    """And what its group's fragments say (protect.Meta)."""
 
     @staticmethod
     def of(name: str, node: int, image_bytes: int, digests: bytes) -> Guest:

@@ -326,7 +326,7 @@ def run(args: argparse.Namespace) -> int:
     config, command, command_args = torchrun.config_from_args(args)
     settings = {
         "CKPTD_JOB": job, "CKPTD_STORE": absolute(args.store), "CKPTD_PERSIST_EVERY": args.persist_every, "CKPTD_SLOTS": args.slots,
-        "CKPTD_KEPT": "1", "CKPTD_DIR": args.dir, "CKPTD_PRELOAD": ",".join(args.preload),
+        "CKPTD_PARITY": "" if args.parity is None else str(args.parity), "CKPTD_GROUP_SIZE": args.group_size or "", "CKPTD_KEPT": "1", "CKPTD_DIR": args.dir, "CKPTD_PRELOAD": ",".join(args.preload),
     }  # fmt: skip
     os.environ.update({k: str(v) for k, v in settings.items() if v})
     options = ["--peer-host", args.peer_host, *["--insecure-peers"] * args.insecure_peers] if args.peer_host else []
@@ -389,6 +389,8 @@ def parser() -> argparse.ArgumentParser:
     ours.add_argument("--dir", default=os.environ.get("CKPTD_DIR"), metavar="DIR", help="directory of the daemon's socket")
     ours.add_argument("--linger-s", type=float, default=spawn.LINGER_S, metavar="S", help="a daemon started here leaves S seconds after the last client (default %(default)s)")
     ours.add_argument("--peer-host", default="", metavar="ADDRESS", help="this node's address for other nodes' daemons, if the daemon is started here (default: loopback)")
+    ours.add_argument("--parity", type=int, metavar="M", help="nodes of a group that may be lost at once, 0 to 4 (default 1)")
+    ours.add_argument("--group-size", type=int, metavar="N", help="nodes that protect each other (default 8)")
     ours.add_argument("--insecure-peers", action="store_true", help="allow --peer-host off loopback, without authentication")
     ours.add_argument("--keep", action="store_true", help="keep the job's snapshots in memory after it has finished")
     ours.add_argument("--standby", type=int, metavar="N", help="processes that have imported torch, waiting to replace workers (default: one per worker; 0: none)")

@@ -17,7 +17,7 @@ import contextlib
 import ipaddress
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ RETRY_S = (0.1, 2.0)
 """First and longest pause between attempts to connect."""
 FETCH_BYTES = 4 << 20
 """One answer's bytes: DESIGN section 6 found units of 1 to 4 MiB best on TCP."""
+AHEAD = 3
+"""Requests of a stream that are under way while one is answered: the answering side never waits for a round trip."""
 READ_AHEAD_BYTES = 1 << 20
 """asyncio buffers twice as much per connection before anybody asked for it; longer messages are read in pieces."""
 NEWS_MAX = 4096
@@ -52,6 +54,9 @@ class Local(Protocol):
 
     def held(self, job: str, attempt: int, step: int, rank: int) -> Held:
         """An image in memory; raises NotFound."""
+
+    def listing(self, job: str, attempt: int, step: int) -> list[tuple[int, int, bytes]]:
+        """(rank, bytes, checksums) of the sealed images of a snapshot."""
 
     def heard(self, news: wire.PeerNews) -> None:
         """A peer told something."""
@@ -148,21 +153,42 @@ class Peers:
                 raise _refusal(answer)
             return answer
 
+    async def listing(self, address: str, job: str, attempt: int, step: int) -> list[tuple[int, int, bytes]]:
+        """(rank, bytes, checksums) of the images that a peer holds of a snapshot."""
+        async with _dial(address) as (reader, writer):
+            await _send(writer, wire.List(job=job, attempt=attempt, step=step))
+            answer = await _receive(reader)
+            if not isinstance(answer, wire.Listed):
+                raise _refusal(answer)
+            return answer.images
+
     async def fetch(
         self, address: str, job: str, attempt: int, step: int, rank: int, ranges: Iterable[tuple[int, int]]
     ) -> AsyncIterator[tuple[int, bytes]]:
         """(offset, bytes) of the wanted ranges, in pieces of at most FETCH_BYTES."""
+        pieces = [(at, min(at + FETCH_BYTES, end)) for begin, end in ranges for at in range(begin, end, FETCH_BYTES)]
+        data = self.stream(address, job, attempt, step, [(rank, begin, end) for begin, end in pieces])
+        try:
+            for at, _ in pieces:
+                yield at, await anext(data)
+        finally:
+            await data.aclose()
+
+    async def stream(
+        self, address: str, job: str, attempt: int, step: int, wanted: Sequence[tuple[int, int, int]]
+    ) -> AsyncGenerator[bytes, None]:
+        """Bytes [begin, end) of images, as (rank, begin, end), none longer than FETCH_BYTES; one after the other, with AHEAD requests under way."""
         async with _dial(address) as (reader, writer):
-            for begin, end in ranges:
-                for at in range(begin, end, FETCH_BYTES):
-                    stop = min(at + FETCH_BYTES, end)
-                    await _send(writer, wire.Fetch(job=job, attempt=attempt, step=step, rank=rank, begin=at, end=stop))
-                    answer = await _receive(reader)
-                    if not isinstance(answer, wire.Blocks) or answer.bytes != stop - at:
-                        raise _refusal(answer)
-                    async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                        data = await reader.readexactly(answer.bytes)
-                    yield at, data
+            for number, (_, begin, end) in enumerate(wanted):
+                ahead = wanted[: AHEAD + 1] if number == 0 else wanted[number + AHEAD : number + AHEAD + 1]
+                for r, b, e in ahead:
+                    writer.write(wire.encode(wire.Fetch(job=job, attempt=attempt, step=step, rank=r, begin=b, end=e)))
+                answer = await _receive(reader)
+                if not isinstance(answer, wire.Blocks) or answer.bytes != end - begin:
+                    raise _refusal(answer)
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    data = await reader.readexactly(answer.bytes)
+                yield data
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         hello: wire.PeerHello | None = None
@@ -180,6 +206,8 @@ class Peers:
                         await self._answer(writer, message)
                     case wire.Fetch():
                         await self._answer(writer, message)
+                    case wire.List():
+                        await _send(writer, wire.Listed(images=self._local.listing(message.job, message.attempt, message.step)))
                     case _:
                         return
                 await asyncio.sleep(0)  # a flood that is buffered already would keep the loop to itself
@@ -263,7 +291,7 @@ class _Link:
             writer, wire.PeerHello(job=self.job, attempt=self.attempt, node=self.node, address=self._peers.address)
         )
         for news in local.greeting(self.job):
-            if news.what != "written" or self.other == 0:
+            if news.what != "part" or self.other == 0:
                 await _send(writer, news)
         while True:
             while self._news:

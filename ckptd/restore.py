@@ -83,17 +83,20 @@ class MemorySource:
         self._timeout_s = timeout_s
         self._mapped: dict[int, _Mapped] = {}
         try:
-            for rank, node in sorted(rung.nodes.items()):
-                self._mapped[rank] = self._open(job, rung, rank, node)
+            for rank in range(rung.world_size):
+                self._mapped[rank] = self._open(job, rung, rank)
             parsed = {rank: self._parse(mapped) for rank, mapped in self._mapped.items()}
             self.index = build_index(parsed, {rank: m.digests for rank, m in self._mapped.items()})
         except BaseException:
             self.close()
             raise
 
-    def _open(self, job: str, rung: Rung, rank: int, node: int) -> _Mapped:
+    def _open(self, job: str, rung: Rung, rank: int) -> _Mapped:
+        node = rung.nodes.get(rank, -1)
+        remains = rung.remains_of(rank) if node < 0 else None  # nobody holds it: our daemon decodes it
+
         def request(i: int) -> wire.Open:
-            return wire.Open(id=i, job=job, attempt=rung.attempt, step=rung.step, rank=rank, node=node)
+            return wire.Open(id=i, job=job, attempt=rung.attempt, step=rung.step, rank=rank, node=node, remains=remains)
 
         opened, fd = self._link.ask(request, wire.Opened, self._timeout_s)
         if fd is None:

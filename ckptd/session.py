@@ -43,10 +43,10 @@ from ckptd.arena import Arena
 from ckptd.binding import Binding, encode_objects
 from ckptd.capture import FAILED, Capture, copier_for, copy_batch, hash_of, pin, unpin
 from ckptd.channel import socket_path
-from ckptd.core import slots, wire
+from ckptd.core import groups, slots, wire
 from ckptd.core.boxes import Box
 from ckptd.core.image import Layout, Piece
-from ckptd.core.ladder import Durable, Holding, Rung, rungs
+from ckptd.core.ladder import Durable, Holding, Key, Rung, guarded, rungs
 from ckptd.core.plan import LeafDecl, mesh_digest, plan_capture
 from ckptd.errors import (
     BadArgument,
@@ -93,7 +93,11 @@ class Settings:
     """Durable tier: a path or URL; "" for none."""
     persist_every: int = 0
     """Persist every n-th step; 0: only on `persist()`."""
-    slots: int = SLOTS_DEFAULT
+    slots: int = 0
+    """Snapshots per rank in memory; 0: SLOTS_DEFAULT, and one more where nodes protect each other."""
+    parity: int = groups.PARITY_DEFAULT
+    """How many nodes of a group may be lost; 0: nodes do not protect each other."""
+    group_size: int = groups.SIZE_DEFAULT
     keep_newest: int = 2
     keep_every: int = 0
     local: tuple[str, ...] = ()
@@ -111,7 +115,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         checkpoint.check_job(self.job)
-        if not slots.SLOTS_MIN <= self.slots <= slots.SLOTS_MAX:
+        if self.parity:
+            groups.check(self.group_size, self.parity)
+        if self.slots and not slots.SLOTS_MIN <= self.slots <= slots.SLOTS_MAX:
             msg = f"slots={self.slots}: a rank has {slots.SLOTS_MIN} to {slots.SLOTS_MAX} slots"
             raise BadArgument(msg)
         if self.persist_every < 0 or self.timeout_s <= 0 or self.keep_newest < 1 or self.keep_every < 0:
@@ -152,6 +158,7 @@ class _Arrival(msgspec.Struct, array_like=True):
     durable: list[Durable] = []
     broken: list[str] = []
     """Checkpoints that cannot be read, or why the durable tier cannot."""
+    labels: dict[str, str] = {}
 
 
 class _Place(msgspec.Struct, array_like=True):
@@ -164,6 +171,9 @@ class _Place(msgspec.Struct, array_like=True):
     peers: list[str]
     rungs: list[Rung]
     broken: list[str] = []
+    labels: list[dict[str, str]] = []
+    guarded: Key | None = None
+    """The newest snapshot that is under parity."""
 
 
 
@@ -246,6 +256,7 @@ class Session:
             welcome = self._reach_daemon()
             arrival.daemon, arrival.address = welcome.daemon, welcome.peer_address
             arrival.attempt_max, arrival.holdings, arrival.failed = welcome.attempt_max, welcome.holdings, welcome.failed
+            arrival.labels = welcome.labels
         except (CkptdError, OSError) as e:
             arrival.no_daemon = f"rank {self.rank}: {e}"
         if self.rank == 0 and self.settings.store:
@@ -295,7 +306,7 @@ class Session:
             msgspec.msgpack.encode(
                 _Place(
                     max(known) + 1, no_daemon, daemons.index(a.daemon), sum(b.daemon == a.daemon for b in arrivals),
-                    [first[d].address for d in daemons], ladder, arrivals[0].broken,
+                    [first[d].address for d in daemons], ladder, arrivals[0].broken, [first[d].labels for d in daemons], guarded(held),
                 )
             )
             for a in arrivals
@@ -342,7 +353,7 @@ class Session:
             return ""
         try:
             # Memory is handed out populated: about 2 s per GB on a slow machine, for all ranks of the node.
-            self._join_timeout_s = self.settings.timeout_s + needed * self.settings.slots * self._place.local_count / POPULATE_BYTES_PER_S
+            self._join_timeout_s = self.settings.timeout_s + needed * self._slots * self._place.local_count / POPULATE_BYTES_PER_S
             granted, fd = self._link.ask(lambda i: self._join_request(i, needed), wire.Granted, self._join_timeout_s)
             if fd is None:
                 msg = "the daemon granted memory and sent none"
@@ -370,9 +381,15 @@ class Session:
         s, p = self.settings, self._place
         return wire.Join(
             id=number, job=s.job, attempt=self.attempt, rank=self.rank, world_size=self.world_size, local_count=p.local_count,
-            node=p.node, peers=p.peers, image_bytes=image_bytes, slots=s.slots, store=s.store,
-            keep_newest=s.keep_newest, keep_every=s.keep_every,
+            node=p.node, peers=p.peers, image_bytes=image_bytes, slots=self._slots, store=s.store,
+            keep_newest=s.keep_newest, keep_every=s.keep_every, parity=s.parity, group_size=s.group_size, labels=p.labels,
+            protected=self._reached.get("protected"),
         )  # fmt: skip
+
+    @property
+    def _slots(self) -> int:
+        protects = self.settings.parity > 0 and len(self._place.peers) > 1
+        return self.settings.slots or SLOTS_DEFAULT + protects
 
     def _hello(self, number: int) -> wire.Hello:
         return wire.Hello(id=number, job=self.settings.job, rank=self.rank)
@@ -598,7 +615,9 @@ class Session:
         self._restored = True
         in_memory = rung is not None and not rung.directory
         key = rung.key if rung is not None and in_memory else (-1, -1)
-        self._link.tell(wire.Chose(attempt=key[0], step=key[1]))
+        guarded_key = self._place.guarded
+        protected = guarded_key if guarded_key is not None and guarded_key <= key else None
+        self._link.tell(wire.Chose(attempt=key[0], step=key[1], protected=protected))
 
     def _try(self, number: int, rung: Rung, *, strict: bool, timeout_s: float) -> Restored | str:
         """One rung: stage, meet, apply. Returns why it failed, the same on all ranks, or raises what is the caller's to mend."""
@@ -660,9 +679,9 @@ class Session:
         self._link.tell(wire.Persist(step=step))
 
     def wait(self, what: str, step: int | None = None, *, timeout_s: float) -> bool:
-        """Wait until a snapshot at or after `step` (default: the last one taken) is "committed" or "persisted"; False at the deadline."""
-        if what not in {"committed", "persisted"}:
-            msg = f"wait({what!r}): a snapshot is waited for until it is 'committed' or 'persisted'"
+        """Wait until a snapshot at or after `step` (default: the last one taken) is "committed", "protected" or "persisted"; False at the deadline."""
+        if what not in {"committed", "protected", "persisted"}:
+            msg = f"wait({what!r}): a snapshot is waited for until it is 'committed', 'protected' or 'persisted'"
             raise BadArgument(msg)
         self._copier.join()
         wanted = self._last if step is None else (self.attempt, step)
@@ -852,6 +871,8 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
     store: str | os.PathLike[str] | None = None,
     persist_every: int | None = None,
     slots: int | None = None,
+    parity: int | None = None,
+    group_size: int | None = None,
     keep_newest: int = 2,
     keep_every: int = 0,
     local: Iterable[str] = (),
@@ -869,6 +890,8 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
     extras: name -> anything with state_dict/load_state_dict (schedulers, scaler, data loader), dicts and lists of plain values, random generators.
     job, store, persist_every, slots: default to $CKPTD_JOB (else torch elastic's run id, else the script's name), $CKPTD_STORE,
     $CKPTD_PERSIST_EVERY, $CKPTD_SLOTS, which `ckptd run` sets.
+    parity, group_size: on several nodes, how many nodes of a group may be lost (default 1; 0: nodes do not protect each other), and how large groups
+    are (default 8); $CKPTD_PARITY, $CKPTD_GROUP_SIZE.
     local: patterns of tensor names that every rank has for itself. paranoid: hash every source before and after its copy.
 
     Raises Unstorable (state that cannot be stored, by path), NotTiled (shards that do not tile), RanksMissing; and DaemonUnreachable or MemoryRefused
@@ -879,7 +902,9 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
         job=job or env.get("CKPTD_JOB") or _run_id(env.get("TORCHELASTIC_RUN_ID", "")) or Path(sys.argv[0] or "job").stem or "job",
         store=absolute(store if store is not None else env.get("CKPTD_STORE", "")),
         persist_every=persist_every if persist_every is not None else int(env.get("CKPTD_PERSIST_EVERY", "0")),
-        slots=slots if slots is not None else int(env.get("CKPTD_SLOTS", SLOTS_DEFAULT)),
+        slots=slots if slots is not None else int(env.get("CKPTD_SLOTS", "0")),
+        parity=parity if parity is not None else int(env.get("CKPTD_PARITY", groups.PARITY_DEFAULT)),
+        group_size=group_size if group_size is not None else int(env.get("CKPTD_GROUP_SIZE", groups.SIZE_DEFAULT)),
         keep_newest=keep_newest,
         keep_every=keep_every,
         local=tuple(local),

@@ -20,7 +20,19 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--linger-s", type=float, default=0.0, metavar="S", help="leave after S seconds without a client (default: never)")
     p.add_argument("--threads", type=int, default=2, metavar="N", help="threads for checksums and writing (default %(default)s)")
     p.add_argument("--persist-timeout-s", type=float, default=3600.0, metavar="S", help="give up persisting a step after S seconds (default %(default)s)")
+    p.add_argument(
+        "--label", action="append", default=[], metavar="KIND=NAME", type=_label,
+        help="a failure domain of this node, such as rack=r7 or power=a: nodes that share one do not protect each other if others can; may be repeated",
+    )  # fmt: skip
     p.set_defaults(run=run)
+
+
+def _label(text: str) -> tuple[str, str]:
+    kind, _, name = text.partition("=")
+    if not kind or not name:
+        msg = f"{text!r} is not KIND=NAME"
+        raise argparse.ArgumentTypeError(msg)
+    return kind, name
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
             linger_s=args.linger_s,
             threads=args.threads,
             persist_timeout_s=args.persist_timeout_s,
+            labels=dict(args.label),
         )
     )
     return 0

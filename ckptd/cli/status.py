@@ -131,6 +131,16 @@ class Snapshot(msgspec.Struct):
     bytes: int = 0
     persisting: bool = False
     persisted: bool = False
+    protected: bool = False
+
+
+class Group(msgspec.Struct):
+    """The nodes that protect each other."""
+
+    members: list[int] = []
+    parity: int = 0
+    degraded: str = ""
+    fragment_bytes: int = 0
 
 
 class Job(msgspec.Struct):
@@ -143,7 +153,9 @@ class Job(msgspec.Struct):
     peers_connected: dict[str, bool] = {}
     snapshots: list[Snapshot] = []
     committed: Key | None = None
+    protected: Key | None = None
     persisted: Key | None = None
+    group: Group | None = None
     store: str = ""
     counters: dict[str, int] = {}
 
@@ -194,6 +206,12 @@ def if_trainers_die(job: Job) -> Loss:
 
 def if_node_dies(job: Job) -> Loss:
     """The memory of this node is gone. What was persisted before this daemon began, it does not know."""
+    if job.group is not None and job.protected is not None and job.group.parity and (job.persisted is None or job.protected >= job.persisted):
+        attempt, step = job.protected
+        newest = job.committed or job.protected
+        lost = newest[1] - step if newest[0] == attempt else None
+        others = f"any {job.group.parity} of nodes {show.ranges(job.group.members)} may go"
+        return Loss("memory", attempt, step, lost, f"back to step {step} from the others' memory ({_lost(lost, newest[0])}; {others})")
     if job.persisted is None:
         if not job.store:
             return Loss("nothing", None, None, None, "everything: no durable tier")
@@ -203,11 +221,14 @@ def if_node_dies(job: Job) -> Loss:
     committed = max(job.committed or job.persisted, job.persisted)
     # Over attempts steps cannot be counted: a later attempt may have gone back to an older checkpoint.
     lost = committed[1] - step if committed[0] == attempt else None
-    if lost is None:
-        tail = f"attempt {attempt}; all that attempt {committed[0]} committed is lost"
-    else:
-        tail = f"{lost} step{'' if lost == 1 else 's'} committed later {'is' if lost == 1 else 'are'} lost"
+    tail = f"attempt {attempt}; {_lost(lost, committed[0])}" if lost is None else _lost(lost, attempt)
     return Loss("durable", attempt, step, lost, f"back to step {step} from the durable tier ({tail})")
+
+
+def _lost(steps: int | None, attempt: int) -> str:
+    if steps is None:
+        return f"all that attempt {attempt} committed is lost"
+    return f"{steps} step{'' if steps == 1 else 's'} committed later {'is' if steps == 1 else 'are'} lost"
 
 
 def _document(path: Path, status: dict[str, Any]) -> dict[str, Any]:
@@ -255,9 +276,9 @@ def _job_lines(name: str, job: Job) -> list[str]:
         newest_first = sorted(job.snapshots, key=lambda s: (s.attempt, s.step), reverse=True)
         lines.append(
             show.table(
-                ("STEP", "ATTEMPT", "STATE", "RANKS", "SIZE", "DURABLE"),
+                ("STEP", "ATTEMPT", "STATE", "RANKS", "SIZE", "PARITY", "DURABLE"),
                 (
-                    [str(s.step), str(s.attempt), s.state, show.ranges(s.ranks), show.size(s.bytes), _durable(s)]
+                    [str(s.step), str(s.attempt), s.state, show.ranges(s.ranks), show.size(s.bytes), "protected" if s.protected else "-", _durable(s)]
                     for s in newest_first
                 ),
                 right=("STEP", "ATTEMPT", "SIZE"),
@@ -267,6 +288,12 @@ def _job_lines(name: str, job: Job) -> list[str]:
     else:
         lines.append("  no snapshots")
     lines.append(f"  committed: {_key(job.committed)}")
+    if job.group is not None:
+        g = job.group
+        members = f"group of nodes {show.ranges(g.members)}, any {g.parity} may be lost, {show.size(g.fragment_bytes)} of parity here"
+        lines.append(f"  protected: {_key(job.protected)}, {members}{f'; DEGRADED: {show.plain(g.degraded)}' if g.degraded else ''}")
+    elif job.nodes > 1:
+        lines.append("  protected: off (parity 0)")
     lines.append(f"  persisted: {_key(job.persisted)}{f' in {show.plain(job.store)}' if job.store else ', no durable tier'}")
     lines.append(
         "  since the daemon knows this job: "

@@ -9,7 +9,7 @@ is asked again.
 Invariants
 - every node is in exactly one group; sizes differ by at most one;
 - a group of n has min(m, n - 1) parity: a node alone is protected by nobody;
-- groups are as large as asked for, or smaller where only that keeps the members of a domain apart.
+- groups are as large as asked for, smaller where only that keeps the members of a domain apart, larger where a group were left too small.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def form(labels: Sequence[Labels], *, size: int = SIZE_DEFAULT, parity: int = PA
 
 
 def _group_count(labels: Sequence[Labels], size: int, parity: int) -> int:
-    """As few as `size` allows; more where the largest domain has more nodes than there are groups, if the groups stay large enough."""
-    fewest = -(-len(labels) // size)
+    """As few as `size` allows; more where the largest domain has more nodes than there are groups. None too small to lose `parity`, if that can be."""
+    fewest = max(1, min(-(-len(labels) // size), len(labels) // (parity + 1)))
     largest = max(Counter(label for node in labels for label in node.items()).values(), default=1)
     return largest if largest > fewest and len(labels) // largest > parity else fewest
 

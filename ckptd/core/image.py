@@ -135,7 +135,8 @@ class Layout:
         try:
             header_bytes = header_bytes_of(header, image_bytes)
             text = str(header[at:header_bytes], "ascii").rstrip(" ")
-            if header_bytes - self.header_bytes != image_bytes - self.image_bytes or not text.endswith('"}}'):
+            fits = len(header) >= header_bytes and header_bytes - self.header_bytes == image_bytes - self.image_bytes
+            if not fits or not text.endswith('"}}'):
                 return None
             tail = msgspec.convert(_load("{" + _load(f'"{text[:-3]}"', "tail"), "tail"), _Tail)
             meta = _checked(msgspec.structs.replace(self._meta, attempt=tail.attempt, step=tail.step, objects=tail.objects))

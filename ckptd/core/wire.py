@@ -15,10 +15,10 @@ from typing import Any
 
 import msgspec
 
-from ckptd.core.ladder import Holding
+from ckptd.core.ladder import Holding, Key, Remains
 from ckptd.errors import PeerFailed
 
-PROTOCOL = 1
+PROTOCOL = 2
 MESSAGE_BYTES_MAX = 16 << 20
 """The longest message holds the checksums of an image: 16 MiB are those of one TiB."""
 
@@ -55,6 +55,8 @@ class Welcome(Message, frozen=True, kw_only=True):
     attempt_max: int
     holdings: list[Holding]
     failed: list[tuple[int, int, str]]
+    labels: dict[str, str] = {}
+    """The node's failure domains."""
 
 
 class Join(Request, frozen=True, kw_only=True):
@@ -74,6 +76,13 @@ class Join(Request, frozen=True, kw_only=True):
     store: str = ""
     keep_newest: int = 2
     keep_every: int = 0
+    parity: int = 0
+    """How many nodes of a group may be lost; 0: nothing is protected."""
+    group_size: int = 8
+    labels: list[dict[str, str]] = []
+    """Failure domains, by node."""
+    protected: Key | None = None
+    """When rejoining: the newest PROTECTED step that this rank heard of."""
 
 
 class Granted(Message, frozen=True, kw_only=True):
@@ -88,13 +97,14 @@ class Granted(Message, frozen=True, kw_only=True):
 
 
 class Open(Request, frozen=True, kw_only=True):
-    """Give access to an image that some daemon of the job holds. Answer: Opened (+ fd to map read-only)."""
+    """Give access to an image that some daemon of the job holds, or that can be decoded from what `remains`. Answer: Opened (+ fd to map read-only)."""
 
     job: str
     attempt: int
     step: int
     rank: int
     node: int
+    remains: Remains | None = None
 
 
 class Opened(Message, frozen=True, kw_only=True):
@@ -176,10 +186,11 @@ class Persist(Message, frozen=True, kw_only=True):
 
 
 class Chose(Message, frozen=True, kw_only=True):
-    """The job's restore chose (attempt, step) in memory; -1, -1: the durable tier or a fresh start."""
+    """The job's restore chose (attempt, step) in memory; -1, -1: the durable tier or a fresh start. `protected`: as in core.node.Chosen."""
 
     attempt: int
     step: int
+    protected: Key | None = None
 
 
 class RestoreFailed(Message, frozen=True, kw_only=True):
@@ -208,7 +219,7 @@ class Dropped(Message, frozen=True, kw_only=True):
 
 
 class Reached(Message, frozen=True, kw_only=True):
-    """A snapshot reached a state: "committed", "persisted", "skipped", "persist failed: ..."."""
+    """A snapshot reached a state: "committed", "protected", "persisted", "skipped", "persist failed: ..."."""
 
     attempt: int
     step: int
@@ -229,15 +240,16 @@ class PeerHello(Message, frozen=True, kw_only=True):
 
 
 class PeerNews(Message, frozen=True, kw_only=True):
-    """Something of the life of a snapshot: `what` as in core.node.TellPeers; `digests` by rank when "written"."""
+    """Something of the life of a snapshot, as in core.node.TellPeers; `digests` by rank with a part of PERSIST."""
 
     job: str
     attempt: int
     step: int
     node: int
     what: str
+    errand: str = ""
+    after: Key | None = None
     digests: dict[int, bytes] = {}
-    directory: str = ""
 
 
 class Describe(Message, frozen=True, kw_only=True):
@@ -256,8 +268,22 @@ class Described(Message, frozen=True, kw_only=True):
     digests: bytes
 
 
+class List(Message, frozen=True, kw_only=True):
+    """Which images of this snapshot do you hold? Answer: Listed."""
+
+    job: str
+    attempt: int
+    step: int
+
+
+class Listed(Message, frozen=True, kw_only=True):
+    """(rank, bytes, checksums), by rank; none if it is not sealed here."""
+
+    images: list[tuple[int, int, bytes]]
+
+
 class Fetch(Message, frozen=True, kw_only=True):
-    """Send bytes [begin, end) of an image. Answer: Blocks and the bytes, or Refused (id 0)."""
+    """Send bytes [begin, end) of an image; rank -1: of the node's fragment. Answer: Blocks and the bytes, or Refused (id 0)."""
 
     job: str
     attempt: int
@@ -277,7 +303,7 @@ LOCAL = (
     Hello | Welcome | Join | Granted | Open | Opened | Ensure | Forget | Status | Report | Shutdown | Done | Refused
     | Filled | Skipped | Persist | Chose | RestoreFailed | HandBack | Kept | Dropped | Reached
 )  # fmt: skip
-REMOTE = PeerHello | PeerNews | Describe | Described | Fetch | Blocks | Refused
+REMOTE = PeerHello | PeerNews | Describe | Described | List | Listed | Fetch | Blocks | Refused
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS = {"local": msgspec.msgpack.Decoder(LOCAL), "remote": msgspec.msgpack.Decoder(REMOTE)}

@@ -91,7 +91,7 @@ def test_the_life_of_a_job(home, tmp_path, capsys):
             assert "back to step 9 from memory" in text
             assert "if this node died now: back to step 7 from the durable tier (2 steps committed later are lost)" in text
             assert f"persisted: step 7 (attempt 1) in {store}" in text
-            assert "2 sealed, 2 committed, 0 skipped, 1 persisted" in text
+            assert "2 sealed, 2 committed, 0 skipped, 0 protected, 0 protect failed, 1 persisted" in text
             assert main(["status", "--dir", str(home), "--json"]) == 0
             job = json.loads(capsys.readouterr().out)["jobs"]["job"]
             assert job["if_trainers_die"] == {

@@ -112,11 +112,12 @@ class Trainer(Client):
     def __init__(
         self, directory: Path, rank: int = 0, *, attempt: int = 1, world: int = 1, local: int = 0, node: int = 0, peers: list[str] | None = None,
         job: str = JOB, slot_count: int = 3, nbytes: int = 1 << 16, store: str = "", join: bool = True, choose: Any = "none",
+        parity: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(directory)
         self.directory, self.rank, self.attempt, self.world, self.job_name = directory, rank, attempt, world, job
         self.local, self.node, self.peers = local or world, node, peers or [""]
-        self.slot_count, self.nbytes, self.store = slot_count, nbytes, store
+        self.slot_count, self.nbytes, self.store, self.parity = slot_count, nbytes, store, parity
         self.arena: Arena | None = None
         try:
             self.welcome = self.ask(wire.Hello, job=job, rank=rank)
@@ -131,7 +132,7 @@ class Trainer(Client):
     def request(self, image_bytes: int) -> dict[str, Any]:
         return {
             "job": self.job_name, "attempt": self.attempt, "rank": self.rank, "world_size": self.world, "local_count": self.local, "node": self.node,
-            "peers": self.peers, "image_bytes": image_bytes, "slots": self.slot_count, "store": self.store,
+            "peers": self.peers, "image_bytes": image_bytes, "slots": self.slot_count, "store": self.store, "parity": self.parity,
         }  # fmt: skip
 
     def join(self) -> wire.Granted:

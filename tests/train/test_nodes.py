@@ -22,11 +22,11 @@ pytestmark = pytest.mark.timeout(200)
 @pytest.fixture
 def place(tmp_path):
     yield tmp_path
-    for name in ("d0", "d1", "d2"):
+    for name in ("d0", "d1", "d2", "d3", "d4"):
         stop_daemon(tmp_path / name)
 
 
-def live(place: Path, nodes: list[int], *, start: int, steps: int, persist: bool = False, forget: str = ""):
+def live(place: Path, nodes: list[int], *, start: int, steps: int, persist: bool = False, parity: int = 0):
     """Ranks under daemon d<nodes[rank]>; restores, trains, and says what it holds, step by step."""
 
     def work(rank):
@@ -36,7 +36,7 @@ def live(place: Path, nodes: list[int], *, start: int, steps: int, persist: bool
         model = nn.Sequential(nn.Linear(6, 33), nn.Linear(33, 5))
         fully_shard(model, mesh=init_device_mesh("cpu", (len(nodes),), mesh_dim_names=("dp",)))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        session = ckptd.attach(model=model, optimizer=optimizer, job="nodes", store=place / "store", required=True)
+        session = ckptd.attach(model=model, optimizer=optimizer, job="nodes", store=place / "store", required=True, parity=parity)
         restored = session.restore()
         assert restored.step == start, restored
         x = torch.ones(4, 6)  # the same on all ranks: the numbers do not depend on how many there are
@@ -46,6 +46,8 @@ def live(place: Path, nodes: list[int], *, start: int, steps: int, persist: bool
             optimizer.zero_grad()
             session.step(step)
             assert session.wait("committed", step, timeout_s=20), session.status()
+        if parity and steps:
+            assert session.wait("protected", start + steps, timeout_s=20), session.status()
         if persist:
             session.persist(start + steps)
             assert session.wait("persisted", start + steps, timeout_s=20)
@@ -78,3 +80,29 @@ def test_a_lost_daemon_sends_all_ranks_to_the_durable_tier_together(place):
     stop_daemon(place / "d1")  # node 1's memory is gone; node 0 still holds step 5
     again = live(place, [0, 0, 1, 1], start=2, steps=0)
     assert [s for s, _ in again] == ["nodes/step-00000002"] * 4 and again[0][1] == first[0][1]
+
+
+@pytest.mark.parametrize(("nodes", "parity", "lost"), [([0, 0, 1, 1], 1, [1]), ([0, 1, 2, 3], 1, [2]), ([0, 1, 1, 2, 3, 4], 2, [1, 4])])
+def test_lost_nodes_cost_no_step_and_no_storage_is_read(place, nodes, parity, lost):
+    """Their daemons and ranks are gone; the others decode what they held, on fewer ranks."""
+    live(place, nodes, start=0, steps=3, parity=parity)
+    for n in lost:
+        stop_daemon(place / f"d{n}")
+    left = [n for n in nodes if n not in lost]
+    again = live(place, left, start=3, steps=2, parity=min(parity, len({*left}) - 1))
+    assert [s for s, _ in again] == ["memory"] * len(left)
+    alone = live(place / "alone", [0], start=0, steps=5)
+    stop_daemon(place / "alone" / "d0")
+    assert again[0][1] == pytest.approx(alone[0][1], rel=1e-6), "it went on as if nothing had happened"
+    back = live(place, left, start=5, steps=0, parity=min(parity, len({*left}) - 1))
+    assert back[0] == ["memory", again[0][1]]
+
+
+def test_two_losses_one_after_the_other(place):
+    """After the first loss the next step is protected by those who are left; so the second costs nothing either."""
+    live(place, [0, 1, 2, 3], start=0, steps=2, parity=1)
+    stop_daemon(place / "d3")
+    live(place, [0, 1, 2], start=2, steps=1, parity=1)
+    stop_daemon(place / "d0")
+    last = live(place, [1, 2], start=3, steps=0, parity=1)
+    assert [s for s, _ in last] == ["memory"] * 2

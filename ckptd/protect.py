@@ -1,0 +1,321 @@
+"""Protection at work: making this node's fragment of a snapshot, and decoding what a lost node held.
+
+Both are the same walk: rows of blocks, each block read where it lies - here, or streamed from a peer in the order of the rows - checked against
+its image's checksums in the pool, and combined into a place that is ready for it. At most a few blocks per member are in memory at a time.
+
+A fragment lies in an arena of its own, like an image: `u64 n | msgpack of Meta, padded to 4096 | parity blocks, row by row`, sealed with checksums. Its
+Meta says whose parity it is and carries the members' checksums, so that whoever decodes an image can prove it; a successor adopts it from its arena alone.
+
+Runs on the daemon's loop; byte work goes to the pool that it is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, Protocol
+
+import msgspec
+
+from ckptd import arena
+from ckptd.core import checksum, node, slots, wire
+from ckptd.core.groups import Group, form
+from ckptd.core.ladder import Fragment, Key, Remains
+from ckptd.core.node import SlotRef
+from ckptd.core.parity import Combine, Rows
+from ckptd.core.stripes import Member, Part, Stripes, Task
+from ckptd.errors import BadImage, MemoryRefused, NotFound, PeerFailed
+from ckptd.held import Arenas, Guest, make_seal, put_seal, verify_blocks
+from ckptd.peers import FETCH_BYTES, Peers
+from ckptd.peers import Held as Image
+
+FRAGMENT_RANK = -1
+"""Stands where ranks stand: in an arena's descriptor, and when a fragment is fetched."""
+FRAGMENT_SLOTS = 2
+"""The newest PROTECTED step's, and the one that is being made."""
+GROWTH = 16
+"""Slots have room for a sixteenth more, so that images may grow a little without new memory."""
+META_BYTES_MAX = 1 << 30
+
+DECODE_BLOCKS = 64
+"""Decoded at a time, then proven."""
+
+
+class Meta(msgspec.Struct, frozen=True):
+    """What a fragment says of itself. `digests`: by rank, of all members' images."""
+
+    attempt: int
+    step: int
+    fragment: Fragment
+    digests: dict[int, bytes]
+    format: int = 1
+
+
+def write_meta(meta: Meta) -> bytes:
+    """A fragment's header."""
+    body = msgspec.msgpack.encode(meta)
+    room = slots.round_up(8 + len(body)) - 8
+    return room.to_bytes(8, "little") + body.ljust(room, b"\0")
+
+
+def read_meta(image: memoryview) -> tuple[Meta, int]:
+    """A fragment's Meta, and where its parity begins. Raises BadImage."""
+    n = int.from_bytes(image[:8], "little") if len(image) >= 8 else META_BYTES_MAX + 1
+    if n > META_BYTES_MAX or 8 + n > len(image):
+        msg = f"a fragment of {len(image)} bytes has no header of {n}"
+        raise BadImage(msg)
+    try:
+        body = bytes(image[8 : 8 + n]).rstrip(b"\0")
+        return msgspec.msgpack.decode(body, type=Meta), 8 + n
+    except msgspec.MsgspecError as e:
+        msg = f"a fragment's header: {e}"
+        raise BadImage(msg) from e
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where a part lies: bytes [begin, end) of an image (or fragment) at a node (None: here), and how it is checked."""
+
+    node: int | None
+    rank: int
+    begin: int
+    end: int
+    digests: bytes = b""
+    """Of the image, where the part is one of its blocks; parity is proven by what it gives."""
+
+
+class Host(Protocol):
+    """What protection needs of the daemon. All are called on the loop."""
+
+    peers: Peers
+    arenas: Arenas
+
+    def held(self, job: str, attempt: int, step: int, rank: int) -> Image:
+        """An image in this node's memory, or (FRAGMENT_RANK) its fragment; raises NotFound."""
+
+    def listing(self, job: str, attempt: int, step: int) -> list[tuple[int, int, bytes]]:
+        """(rank, bytes, checksums) of this node's sealed images of a snapshot."""
+
+    def snapshot(self, job: str, key: Key) -> node.Snapshot:
+        """A snapshot that is known here; raises NotFound."""
+
+    def number(self, job: str) -> int:
+        """This node's number in the job's attempt."""
+
+    async def in_pool(self, work: Callable[[], Any]) -> Any:
+        """Byte work."""
+
+
+class Place(msgspec.Struct, frozen=True):
+    """This node's group in an attempt, and its position in it."""
+
+    attempt: int
+    group: Group
+    position: int
+
+
+class Protection:
+    """The part of a daemon that makes fragments and decodes."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._places: dict[str, Place] = {}
+
+    def join(self, m: wire.Join) -> bool:
+        """A rank joins an attempt: find this node's group. False where nothing is protected. Raises BadArgument."""
+        if m.parity == 0 or len(m.peers) < 2:
+            return False
+        group = next(g for g in form(m.labels or [{}] * len(m.peers), size=m.group_size, parity=m.parity) if m.node in g.members)
+        self._places[m.job] = Place(m.attempt, group, group.members.index(m.node))
+        return True
+
+    def leave(self, job: str) -> None:
+        """The job is over."""
+        self._places.pop(job, None)
+
+    def status(self, job: str) -> dict[str, Any] | None:
+        """This node's group, as plain values."""
+        place = self._places.get(job)
+        if place is None:
+            return None
+        held = sum(a.geometry.arena_bytes for a in self._host.arenas.of(job, FRAGMENT_RANK))
+        return {"members": place.group.members, "parity": place.group.parity, "degraded": place.group.degraded, "fragment_bytes": held}
+
+    async def make(self, job: str, key: Key) -> tuple[SlotRef, Fragment]:
+        """This node's fragment of a step, sealed in a slot of its own. Raises CkptdError: what a peer, the memory or a checksum refused."""
+        host, place, snapshot = self._host, self._places.get(job), self._host.snapshot(job, key)
+        if place is None or place.attempt != key[0]:
+            msg = f"attempt {key[0]} of job {job!r} has no groups here"
+            raise NotFound(msg)
+        images = await asyncio.gather(*(self._listing(n, job, key) for n in place.group.members))
+        stripes = Stripes(place.group.parity, tuple(Member(tuple((rank, size) for rank, size, _ in held)) for held in images))
+        fragment = Fragment(snapshot.world_size, place.group.parity, place.position, stripes.members)
+        digests = {rank: d for held in images for rank, _, d in held}
+        header = write_meta(Meta(*key, fragment, digests))
+        size = len(header) + stripes.fragment_bytes(place.position)
+        held, slot = await self._room(job, size)
+        seal, at = held.seal(slot), held.geometry.header_at(slot)
+        gen = max(held.header(slot).gen, seal.gen, seal.released_gen) + 1
+        words = slots.Header(
+            slots.FILLING, gen, *key, size, 0, snapshot.world_size, snapshot.local_count, snapshot.node, snapshot.nodes
+        )
+        slots.begin(held.memory, at, words)
+        try:
+            image = held.image(slot, size)
+            image[: len(header)] = header
+            tasks = [*stripes.encode(place.position)]
+            places = [stripes.place_of(place.position, t.row) for t in tasks]
+
+            def locate(part: Part) -> Source:
+                rank, begin, end = stripes.members[part.member].extent_of(part.block)
+                return Source(place.group.members[part.member], rank, begin, end, digests[rank])
+
+            await self._fill(job, key, tasks, locate, lambda i: image[len(header) + places[i][0] : len(header) + places[i][1]])
+            slots.flip(held.memory, at, slots.FILLED)
+            put_seal(held, slot, gen, await host.in_pool(partial(make_seal, slot, gen, image, held.seal(slot))))
+        except BaseException:
+            slots.flip(held.memory, at, slots.VOID)
+            raise
+        return SlotRef(held.name, slot, gen), fragment
+
+    async def _listing(self, member: int, job: str, key: Key) -> list[tuple[int, int, bytes]]:
+        host = self._host
+        here = member == host.number(job)
+        images = host.listing(job, *key) if here else await host.peers.listing(host.peers.address_of(job, member), job, *key)
+        wrong = [r for r, size, d in images if size <= 0 or r < 0 or len(d) != checksum.block_count(size) * checksum.DIGEST_BYTES]
+        if wrong or not images:
+            msg = f"node {member} describes image {wrong[0]} wrongly" if wrong else f"node {member} holds no sealed images of step {key[1]}"
+            raise PeerFailed(msg)
+        return sorted(images)
+
+    async def _room(self, job: str, size: int) -> tuple[arena.Arena, int]:
+        """A free slot for a fragment; makes an arena, if there is none that is large enough. Raises MemoryRefused."""
+        host = self._host
+        fitting = [held for held in host.arenas.of(job, FRAGMENT_RANK) if held.geometry.slot_bytes >= size]
+        for held in fitting:
+            for slot in range(held.geometry.slots):
+                if slots.is_free(held.header(slot), held.seal(slot).released_gen):
+                    return held, slot
+        if fitting:
+            msg = f"all places for parity of job {job!r} are taken"
+            raise MemoryRefused(msg)
+        slot_bytes = size + size // GROWTH
+        arena.admit(slot_bytes, FRAGMENT_SLOTS, 0)
+        made = await host.in_pool(partial(arena.Arena.create, job=job, rank=FRAGMENT_RANK, slot_count=FRAGMENT_SLOTS, slot_bytes=slot_bytes))
+        await host.in_pool(made.populate)
+        host.arenas.add(made)
+        return made, 0
+
+    # --- what nobody holds any more -----------------------------------------------------------------------------------------
+
+    async def open(self, image: tuple[str, int, int, int], remains: Remains) -> Guest:
+        """An empty guest for an image that nobody holds; what it must be is written in each fragment of its group. Raises NotFound, PeerFailed."""
+        job, attempt, step, rank = image
+        here = self._host.number(job)
+        for owner in sorted(remains.fragments.values(), key=lambda n: n != here):
+            if owner == here:
+                meta, _ = read_meta(self._host.held(job, attempt, step, FRAGMENT_RANK).image)
+            else:
+                meta = await self._remote_meta(self._host.peers.address_of(job, owner), job, (attempt, step))
+            sizes = dict(i for member in meta.fragment.members for i in member.images)
+            if meta.fragment.members == remains.members and (meta.attempt, meta.step) == (attempt, step) and rank in sizes:
+                guest = Guest.of(f"{job}/{step}/{rank}", owner, sizes[rank], meta.digests.get(rank, b""))
+                guest.meta = meta
+                return guest
+        msg = f"no fragment of step {step} tells what the image of rank {rank} was"
+        raise NotFound(msg)
+
+    async def _remote_meta(self, address: str, job: str, key: Key) -> Meta:
+        """The header of a fragment at a peer."""
+        whole = bytearray()
+        async for part in self._host.peers.stream(address, job, *key, [(FRAGMENT_RANK, 0, 8)]):
+            whole += part
+        end = 8 + int.from_bytes(whole, "little")
+        if end > META_BYTES_MAX:
+            msg = f"the daemon at {address} says that its fragment has a header of {end} bytes"
+            raise PeerFailed(msg)
+        ranges = [(FRAGMENT_RANK, at, min(at + FETCH_BYTES, end)) for at in range(8, end, FETCH_BYTES)]
+        async for part in self._host.peers.stream(address, job, *key, ranges):
+            whole += part
+        return read_meta(memoryview(whole))[0]
+
+    async def decode(self, image: tuple[str, int, int, int], guest: Guest, remains: Remains, blocks: Sequence[int]) -> None:
+        """Have blocks of a lost image in its guest, proven. Raises Lost (too many members), ChecksumMismatch, PeerFailed, NotFound."""
+        job, attempt, step, rank = image
+        host, meta, here = self._host, guest.meta, self._host.number(job)
+        if not isinstance(meta, Meta):
+            msg = f"image {image} was opened without its group"
+            raise NotFound(msg)
+        stripes, lost = Stripes(remains.parity, remains.members), {*remains.lost}
+        member = next(p for p, m in enumerate(remains.members) if any(r == rank for r, _ in m.images))
+        parity_begins = len(write_meta(meta))  # in every member's fragment: their headers differ in the position only
+
+        def locate(part: Part) -> Source:
+            if part.parity:
+                begin, end = stripes.place_of(part.member, part.block)
+                node, at, digests = remains.fragments[part.member], FRAGMENT_RANK, b""
+                begin, end = parity_begins + begin, parity_begins + end
+            else:
+                at, begin, end = stripes.members[part.member].extent_of(part.block)
+                node, digests = remains.images[at], meta.digests[at]
+            return Source(None if node == here else node, at, begin, end, digests)
+
+        with memoryview(guest.mapping) as view:
+            for first in range(0, len(blocks), DECODE_BLOCKS):
+                some = [b for b in blocks[first : first + DECODE_BLOCKS] if b not in guest.present]
+                extents = [checksum.extent_of(b, guest.image_bytes) for b in some]
+                tasks = [stripes.decode(member, stripes.members[member].block_of(rank, b), lost) for b in some]
+                await self._fill(job, (attempt, step), tasks, locate, lambda i, extents=extents: view[slice(*extents[i])])  # type: ignore[misc]
+                what = f"decoded image of rank {rank}"
+                await host.in_pool(partial(verify_blocks, what, view[: guest.image_bytes], guest.digests, some))
+                guest.present.update(some)
+
+    # --- the walk -----------------------------------------------------------------------------------------------------------
+
+    async def _fill(
+        self, job: str, key: Key, tasks: Sequence[Task], locate: Callable[[Part], Source], place: Callable[[int], memoryview]
+    ) -> None:
+        """Have the result of task number i in `place(i)`: rows in order, each part from where it lies, at most a few blocks of a node at a time."""
+        host = self._host
+        wanted: dict[int, list[tuple[int, int, int]]] = {}
+        for source in (locate(p) for t in tasks for p in t.parts):
+            if source.node is not None:
+                wanted.setdefault(source.node, []).append((source.rank, source.begin, source.end))
+        streams = {n: host.peers.stream(host.peers.address_of(job, n), job, *key, ranges) for n, ranges in wanted.items()}
+        try:
+            for number, task in enumerate(tasks):
+                parts: list[tuple[Source, Any]] = []
+                for source in map(locate, task.parts):
+                    if source.node is None:
+                        parts.append((source, host.held(job, *key, source.rank).image[source.begin : source.end]))
+                    else:
+                        parts.append((source, await anext(streams[source.node])))
+                await host.in_pool(partial(_combine, task, parts, place(number)))
+        finally:
+            for stream in streams.values():
+                await stream.aclose()
+
+
+def _combine(task: Task, parts: Sequence[tuple[Source, Any]], out: memoryview) -> None:
+    """Pool: check each block, then compute. A part may be longer than the block that is wanted: what it has beyond that is others'."""
+    for source, data in parts:
+        if source.digests:
+            checksum.check_block(f"image of rank {source.rank}", source.begin // checksum.BLOCK_BYTES, data, source.digests)
+    _combine_of(task.coefficients)([memoryview(data)[: task.bytes] for _, data in parts], [out])
+
+
+@cache
+def _combine_of(rows: Rows) -> Combine:
+    """One per set of coefficients: there are few."""
+    return Combine(rows)
+
+
+def found(held: arena.Arena, ref: SlotRef, header: slots.Header) -> Fragment | None:
+    """The fragment in a slot of an adopted arena, if it was sealed."""
+    if held.seal(ref.slot).gen != ref.gen:
+        return None
+    try:
+        meta, _ = read_meta(held.image(ref.slot, header.image_bytes))
+    except BadImage:
+        return None
+    return meta.fragment if (meta.attempt, meta.step) == (header.attempt, header.step) else None

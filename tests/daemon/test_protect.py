@@ -1,0 +1,203 @@
+"""Daemons that protect each other: fragments are made, and what a lost node held is decoded by the others."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+
+import pytest
+
+from ckptd.core import wire
+from ckptd.core.ladder import guarded, rungs
+from tests.daemon.rig import JOB, Refusal, image_of, until
+
+MB = 1 << 20
+
+
+def cluster(rig, count, *, parity, nbytes=3 * MB, attempt=1, names=None, labels=(), store=""):
+    """One daemon and one rank per node, joined to one attempt."""
+    names = names or [f"n{i}" for i in range(count)]
+    for name in names:
+        if name not in rig.daemons:
+            rig.start(name, *[x for label in labels for x in ("--label", label)])
+    peers = [rig.client(n).status()["peer_address"] for n in names]
+    return [
+        rig.trainer(
+            n, i, world=count, local=1, node=i, peers=peers, slot_count=4, nbytes=nbytes + 1000 * i, attempt=attempt, parity=parity, store=store,
+            choose="none" if attempt == 1 else "wait",
+        )  # fmt: skip
+        for i, n in enumerate(names)
+    ]
+
+
+def protected(trainers, step):
+    for t in trainers:
+        t.fill(step)
+    for t in trainers:
+        t.reached("protected", step, 20)
+
+
+def read(trainer, rung, rank, blocks=None):
+    """A rank's image, as a session gets it."""
+    node = rung.nodes.get(rank, -1)
+    opened = trainer.ask(
+        wire.Open, job=JOB, attempt=rung.attempt, step=rung.step, rank=rank, node=node, remains=None if node >= 0 else rung.remains_of(rank)
+    )
+    fd = trainer.pipe.take_fd()
+    with mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ) as m:
+        os.close(fd)
+        trainer.ask(wire.Ensure, image=opened.image, blocks=blocks or [(0, -(-opened.image_bytes // MB))], timeout_s=30)
+        return m[opened.offset : opened.offset + opened.image_bytes]
+
+
+def ladder_of(trainers):
+    return rungs({i: t.welcome.holdings for i, t in enumerate(trainers)}, [])
+
+
+def survivors(rig, names, *, attempt=2, parity=1):
+    """A new attempt on the nodes that are left."""
+    return cluster(rig, len(names), parity=parity, attempt=attempt, names=names)
+
+
+@pytest.mark.parametrize(("count", "m", "lost"), [(2, 1, [1]), (4, 1, [0]), (4, 1, [2]), (5, 2, [1, 3]), (4, 3, [0, 1, 2])])
+def test_what_lost_nodes_held_is_decoded_by_the_others(rig, count, m, lost):
+    trainers = cluster(rig, count, parity=m)
+    protected(trainers, 1)
+    protected(trainers, 2)
+    for n in lost:
+        rig.kill(f"n{n}")
+    left = [f"n{n}" for n in range(count) if n not in lost]
+    again = survivors(rig, left, parity=min(m, len(left) - 1))
+    (best, *_) = ladder_of(again)
+    assert best.key == (1, 2), "the newest PROTECTED step is offered"
+    assert {*range(count)} - {*best.nodes} == {*lost}
+    for t in again[:2]:
+        for rank in range(count):
+            assert read(t, best, rank) == image_of(2, rank, count, 3 * MB + 1000 * rank)
+
+
+def test_only_the_blocks_that_are_asked_for_are_decoded(rig):
+    trainers = cluster(rig, 4, parity=1, nbytes=9 * MB)
+    protected(trainers, 1)
+    rig.kill("n2")
+    again = survivors(rig, ["n0", "n1", "n3"])
+    (best,) = ladder_of(again)
+    got, want = read(again[0], best, 2, [(3, 5)]), image_of(1, 2, 4, 9 * MB + 2000)
+    assert got[3 * MB : 5 * MB] == want[3 * MB : 5 * MB]
+    assert got[5 * MB : 6 * MB] == bytes(MB)
+
+
+def test_more_losses_than_parity_are_no_rung(rig):
+    trainers = cluster(rig, 4, parity=1)
+    protected(trainers, 1)
+    for name in ("n1", "n2"):
+        rig.kill(name)
+    again = survivors(rig, ["n0", "n3"])
+    assert ladder_of(again) == []
+    assert guarded({i: t.welcome.holdings for i, t in enumerate(again)}) is None
+
+
+@pytest.mark.parametrize("what", ["image", "fragment"])
+def test_wrong_bytes_are_never_decoded_into_an_image(rig, what):
+    trainers = cluster(rig, 3, parity=1)
+    slot = trainers[1].fill(1)[0]
+    for t in (trainers[0], trainers[2]):
+        t.fill(1)
+    for t in trainers:
+        t.reached("protected", 1, 20)
+    if what == "image":
+        a = trainers[1].arena
+        for block in range(4):
+            a.memory[a.geometry.image_at(slot) + block * MB + 77] ^= 1
+    else:
+        damage_fragment(rig, trainers[1])
+    rig.kill("n2")
+    again = survivors(rig, ["n0", "n1"])
+    (best,) = ladder_of(again)
+    with pytest.raises(Refusal, match="ChecksumMismatch"):
+        read(again[0], best, 2)
+
+
+def damage_fragment(rig, trainer):
+    """Flip bits in the middle of every page of the parity that the trainer's daemon holds."""
+    keeper = rig.client(os.path.basename(trainer.directory))
+    keeper.ask(wire.Hello, job=JOB, role="keeper")
+    from ckptd.arena import Arena
+
+    for _ in range(2):
+        arena = Arena.adopt(keeper.pipe.take_fd())
+        if arena.descriptor.rank == -1:
+            for s in range(2):
+                at = arena.geometry.image_at(s)
+                for offset in range(4096, arena.geometry.slot_bytes, 4096):
+                    arena.memory[at + offset + 99] ^= 4
+        arena.close()
+
+
+def test_memory_of_parity_is_m_of_k(rig):
+    trainers = cluster(rig, 4, parity=1, nbytes=24 * MB)
+    protected(trainers, 1)
+    status = trainers[0].job()["group"]
+    per_slot = status["fragment_bytes"] / 2
+    print(f"parity of 24 MB images in a group of 4: {per_slot / MB:.1f} MB a slot, {per_slot / (24 * MB):.3f} of an image")
+    assert per_slot < 24 * MB / 3 * 1.25, "a third, room to grow, and headers"
+    assert status["parity"] == 1 and list(status["members"]) == [0, 1, 2, 3] and status["degraded"] == ""
+
+
+def test_the_protected_step_stays_until_a_newer_one_is(rig):
+    a, b = cluster(rig, 2, parity=1)
+    protected([a, b], 1)
+    a.fill(2)
+    time.sleep(0.2)
+    rig.kill("n1")  # in the middle of step 2
+    (again,) = survivors(rig, ["n0"], parity=0)
+    (best, *_) = ladder_of([again])
+    assert best.key == (1, 1)
+    assert read(again, best, 1) == image_of(1, 1, 2, 3 * MB + 1000)
+
+
+def test_after_a_loss_the_next_step_is_protected_by_those_who_are_left(rig):
+    trainers = cluster(rig, 4, parity=1)
+    protected(trainers, 1)
+    rig.kill("n3")
+    again = survivors(rig, ["n0", "n1", "n2"])
+    for t in again:
+        t.send(wire.Chose(attempt=1, step=1, protected=(1, 1)))
+    protected(again, 2)
+    until(lambda: all(t.job()["protected"] == [2, 2] for t in again))
+    until(lambda: all([*t.steps()] == [(2, 2)] for t in again), what="what a newer PROTECTED step replaced is kept for ever")
+    rig.kill("n0")
+    last = survivors(rig, ["n1", "n2"], attempt=3)
+    (best,) = ladder_of(last)
+    for rank in range(3):
+        assert read(last[0], best, rank) == image_of(2, rank, 3, 3 * MB + 1000 * rank, attempt=2)
+
+
+def test_a_fragment_comes_back_to_a_new_daemon(rig):
+    """A keeper holds copies of all arenas, parity's too."""
+    trainers = cluster(rig, 3, parity=1)
+    keeper = rig.client("n1")
+    keeper.ask(wire.Hello, job=JOB, role="keeper")
+    protected(trainers, 1)
+    fds = []
+    until(lambda: (keeper.status() and False) or sum(isinstance(m, wire.Kept) for m in keeper.inbox) == 2, what="the keeper was not given the fragment's arena")
+    fds = [keeper.pipe.take_fd() for m in keeper.inbox if isinstance(m, wire.Kept)]
+    rig.kill("n1")
+    (rig.directory("n1") / "peer.port").unlink()
+    rig.start("n1")
+    new = rig.client("n1")
+    new.ask(wire.Hello, job=JOB, role="keeper")
+    for fd in fds:
+        new.send(wire.HandBack(), fd)
+        os.close(fd)
+    rig.kill("n0")
+    again = survivors(rig, ["n1", "n2"])
+    (best,) = ladder_of(again)
+    for t in again:
+        assert read(t, best, 0) == image_of(1, 0, 3, 3 * MB)
+
+
+def test_labels_and_groups_are_shown(rig):
+    trainers = cluster(rig, 2, parity=1, labels=["rack=r7"])
+    assert trainers[0].welcome.labels == {"rack": "r7"}
