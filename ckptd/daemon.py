@@ -35,7 +35,7 @@ from typing import Any
 
 from ckptd import __version__, arena, notify, peers, protect
 from ckptd.channel import Channel, Pipe, peer_of, pidfd_of, private_directory, socket_path
-from ckptd.core import checksum, node, slots, wire
+from ckptd.core import checksum, node, proof, slots, wire
 from ckptd.core.ladder import Key
 from ckptd.core.manifest import build_index
 from ckptd.core.retention import Retention
@@ -470,6 +470,8 @@ class Daemon:
             why = f"rank {m.rank} of job {m.job!r} is alive already, as process {other}: two runs must not share a job's name"
         elif not 0 <= m.node < len(m.peers) or not 0 <= m.rank < m.world_size or not 1 <= m.local_count <= m.world_size or m.image_bytes < 0:
             why = f"rank {m.rank} of {m.world_size}, {m.local_count} here, node {m.node} of {len(m.peers)}, {m.image_bytes} bytes: this cannot be"
+        elif len(m.secret) != proof.SECRET_BYTES and len(m.peers) > 1:
+            why = f"a secret of {len(m.secret)} bytes, not {proof.SECRET_BYTES}"
         elif len(m.labels) not in {0, len(m.peers)}:
             why = f"failure domains of {len(m.labels)} nodes for {len(m.peers)}"
         if why:
@@ -483,9 +485,9 @@ class Daemon:
         client.attempt = m.attempt
         if fd is not None:
             self._adopt(fd, f"handed back by rank {m.rank}")
-        self._event(node.AttemptBegan(m.job, m.attempt, m.node, len(m.peers), protects, m.protected))
+        self._event(node.AttemptBegan(m.job, m.attempt, m.node, len(m.peers), protects, m.protected, m.rank, m.local_count))
         self.tiers[m.job] = Tier(m.store, Retention(newest=m.keep_newest, every=m.keep_every), self._tier(m.job).last)
-        self.peers.join(m.job, m.attempt, m.node, m.peers)
+        self.peers.join(m.job, m.attempt, m.node, m.peers, m.secret)
         held, note = await self._arena_for(client, m)
         client.arena = held
         self._scan(held)  # what was filled since somebody looked, while no daemon was there
@@ -809,11 +811,6 @@ class Daemon:
         """News to begin a connection with."""
         return [self._news(a) for a in self.node.greeting(job)]
 
-    def attempt_of(self, job: str) -> int:
-        """The newest attempt known here."""
-        known = self.node.jobs.get(job)
-        return known.attempt if known else 0
-
     # --- common -------------------------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
@@ -824,6 +821,7 @@ class Daemon:
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self.started_s, 1),
             "peer_address": self.peers.address,
+            "strangers": self.peers.strangers,
             "memory_bytes": sum(a.geometry.arena_bytes for a in self.arenas),
             "errors": self.error_count,
             "last_errors": [*self.errors][-5:],

@@ -391,7 +391,7 @@ def parser() -> argparse.ArgumentParser:
     ours.add_argument("--peer-host", default="", metavar="ADDRESS", help="this node's address for other nodes' daemons, if the daemon is started here (default: loopback)")
     ours.add_argument("--parity", type=int, metavar="M", help="nodes of a group that may be lost at once, 0 to 4 (default 1)")
     ours.add_argument("--group-size", type=int, metavar="N", help="nodes that protect each other (default 8)")
-    ours.add_argument("--insecure-peers", action="store_true", help="allow --peer-host off loopback, without authentication")
+    ours.add_argument("--insecure-peers", action="store_true", help="allow --peer-host off loopback: peers are authenticated, but nothing is encrypted")
     ours.add_argument("--keep", action="store_true", help="keep the job's snapshots in memory after it has finished")
     ours.add_argument("--standby", type=int, metavar="N", help="processes that have imported torch, waiting to replace workers (default: one per worker; 0: none)")
     ours.add_argument("--preload", action="append", default=[], metavar="MODULE", help="import this in standbys too (may be repeated)")

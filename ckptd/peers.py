@@ -6,8 +6,8 @@ their stride. A daemon that comes back listens where its predecessor did, if it 
 
 Images are fetched in a connection of their own: `Describe` and `Fetch`, answered from the mapping.
 
-Trust: plain TCP, therefore loopback only, unless the operator says otherwise (`--insecure-peers`); authentication belongs to the transport
-that replaces this one. Every frame is bounded, every wait has a deadline.
+Trust: both ends of a connection prove that they know the secret of the job's attempt (transport.py); so strangers, other jobs and zombies of an older
+attempt are not heard. What is sent can be read on the wire, therefore loopback only, unless the operator says otherwise (`--insecure-peers`).
 """
 
 from __future__ import annotations
@@ -21,22 +21,19 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ckptd import transport
 from ckptd.core import wire
 from ckptd.errors import BadArgument, CkptdError, NotFound, PeerFailed
+from ckptd.transport import READ_AHEAD_BYTES, Connection
 
 log = logging.getLogger("ckptd.peers")
 
-CONNECT_TIMEOUT_S = 2.0
-ANSWER_TIMEOUT_S = 10.0
-"""For one message or one megabyte: slower than 100 kB/s is dead for our purposes."""
 RETRY_S = (0.1, 2.0)
 """First and longest pause between attempts to connect."""
 FETCH_BYTES = 4 << 20
 """One answer's bytes: DESIGN section 6 found units of 1 to 4 MiB best on TCP."""
 AHEAD = 3
 """Requests of a stream that are under way while one is answered: the answering side never waits for a round trip."""
-READ_AHEAD_BYTES = 1 << 20
-"""asyncio buffers twice as much per connection before anybody asked for it; longer messages are read in pieces."""
 NEWS_MAX = 4096
 """News queued for a peer that does not answer; the oldest go first, for a new connection tells everything anyway."""
 
@@ -64,8 +61,6 @@ class Local(Protocol):
     def greeting(self, job: str) -> list[wire.PeerNews]:
         """News to begin a connection with."""
 
-    def attempt_of(self, job: str) -> int:
-        """The newest attempt known here: the fence against zombies."""
 
 
 def check_bind(host: str, *, insecure: bool) -> None:
@@ -79,8 +74,8 @@ def check_bind(host: str, *, insecure: bool) -> None:
         msg = f"--peer-host {host}: other daemons could not reach that"
         raise BadArgument(msg, remedy="give the one address of this node that they should use")
     if not insecure and not ipaddress.ip_address(host).is_loopback:
-        msg = f"--peer-host {host}: daemons do not authenticate each other yet, so they bind to loopback only"
-        raise BadArgument(msg, remedy="on a trusted network, add --insecure-peers")
+        msg = f"--peer-host {host}: what daemons send each other is authenticated but not encrypted, so they bind to loopback only"
+        raise BadArgument(msg, remedy="on a network where nobody listens, add --insecure-peers")
 
 
 class Peers:
@@ -90,6 +85,9 @@ class Peers:
         self._local = local
         self._links: dict[tuple[str, int], _Link] = {}
         self._server: asyncio.Server | None = None
+        self._secrets: dict[str, tuple[int, bytes]] = {}
+        self.strangers = 0
+        """Connections that did not prove themselves."""
         self.address = ""
 
     async def start(self, host: str, port: int = 0) -> None:
@@ -109,8 +107,9 @@ class Peers:
         if self._server is not None:
             self._server.close()
 
-    def join(self, job: str, attempt: int, node: int, addresses: list[str]) -> None:
+    def join(self, job: str, attempt: int, node: int, addresses: list[str], secret: bytes) -> None:
         """Be connected to the other nodes of this attempt, and to nobody else of this job."""
+        self._secrets[job] = attempt, secret
         for other, address in enumerate(addresses):
             link = self._links.get((job, other))
             if other == node or (link is not None and (link.address, link.attempt) == (address, attempt)):
@@ -123,6 +122,7 @@ class Peers:
 
     def leave(self, job: str) -> None:
         """The job is over."""
+        self._secrets.pop(job, None)
         for key in [k for k in self._links if k[0] == job]:
             self._links.pop(key).task.cancel()
 
@@ -144,20 +144,28 @@ class Peers:
         """node -> whether news get there, for status."""
         return {node: link.connected for (name, node), link in self._links.items() if name == job}
 
+    def dial(self, address: str, job: str) -> contextlib.AbstractAsyncContextManager[Connection]:
+        """A connection to another daemon of the job. Raises NotFound where this daemon is not in the job."""
+        attempt, secret = self._secrets.get(job, (0, b""))
+        if not secret:
+            msg = f"job {job!r} has no attempt here, so its peers cannot be asked"
+            raise NotFound(msg)
+        return transport.dial(address, job, attempt, secret)
+
     async def describe(self, address: str, job: str, attempt: int, step: int, rank: int) -> wire.Described:
         """Size and checksums of an image at a peer."""
-        async with _dial(address) as (reader, writer):
-            await _send(writer, wire.Describe(job=job, attempt=attempt, step=step, rank=rank))
-            answer = await _receive(reader)
+        async with self.dial(address, job) as peer:
+            await peer.send(wire.Describe(job=job, attempt=attempt, step=step, rank=rank))
+            answer = await peer.receive()
             if not isinstance(answer, wire.Described):
                 raise _refusal(answer)
             return answer
 
     async def listing(self, address: str, job: str, attempt: int, step: int) -> list[tuple[int, int, bytes]]:
         """(rank, bytes, checksums) of the images that a peer holds of a snapshot."""
-        async with _dial(address) as (reader, writer):
-            await _send(writer, wire.List(job=job, attempt=attempt, step=step))
-            answer = await _receive(reader)
+        async with self.dial(address, job) as peer:
+            await peer.send(wire.List(job=job, attempt=attempt, step=step))
+            answer = await peer.receive()
             if not isinstance(answer, wire.Listed):
                 raise _refusal(answer)
             return answer.images
@@ -178,44 +186,50 @@ class Peers:
         self, address: str, job: str, attempt: int, step: int, wanted: Sequence[tuple[int, int, int]]
     ) -> AsyncGenerator[bytes, None]:
         """Bytes [begin, end) of images, as (rank, begin, end), none longer than FETCH_BYTES; one after the other, with AHEAD requests under way."""
-        async with _dial(address) as (reader, writer):
+        async with self.dial(address, job) as peer:
             for number, (_, begin, end) in enumerate(wanted):
                 ahead = wanted[: AHEAD + 1] if number == 0 else wanted[number + AHEAD : number + AHEAD + 1]
                 for r, b, e in ahead:
-                    writer.write(wire.encode(wire.Fetch(job=job, attempt=attempt, step=step, rank=r, begin=b, end=e)))
-                answer = await _receive(reader)
+                    peer.put(wire.Fetch(job=job, attempt=attempt, step=step, rank=r, begin=b, end=e))
+                answer = await peer.receive()
                 if not isinstance(answer, wire.Blocks) or answer.bytes != end - begin:
                     raise _refusal(answer)
-                async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                    data = await reader.readexactly(answer.bytes)
-                yield data
+                yield await peer.receive_bytes(answer.bytes)
+
+    def _secret_of(self, job: str, attempt: int) -> bytes | None:
+        known = self._secrets.get(job)
+        return known[1] or None if known is not None and known[0] == attempt else None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        hello: wire.PeerHello | None = None
         try:
-            while True:
-                message = await _receive(reader, idle=True)
-                match message:
-                    case wire.PeerHello():
-                        hello = message
-                        self._greeted(message)
-                    case wire.PeerNews() if hello is not None and message.job == hello.job:
-                        if hello.attempt >= self._local.attempt_of(hello.job):
-                            self._local.heard(message)
-                    case wire.Describe():
-                        await self._answer(writer, message)
-                    case wire.Fetch():
-                        await self._answer(writer, message)
-                    case wire.List():
-                        await _send(writer, wire.Listed(images=self._local.listing(message.job, message.attempt, message.step)))
-                    case _:
-                        return
+            peer = await transport.accept(reader, writer, self._secret_of)
+            if peer is None:
+                self.strangers += 1
+                return
+            while await self._heed(peer, await peer.receive(idle=True)):  # noqa: ASYNC110  nothing is polled: it yields
                 await asyncio.sleep(0)  # a flood that is buffered already would keep the loop to itself
         except (OSError, PeerFailed, TimeoutError, asyncio.IncompleteReadError) as e:
             log.debug("a peer's connection ended: %s", e)
             writer.transport.abort()  # close() would wait for a peer that does not read
         finally:
             writer.close()
+
+    async def _heed(self, peer: Connection, message: Any) -> bool:
+        """Do what a message asks for; False where the connection is to end: for another job, for an attempt that is over, or for nothing we know."""
+        if getattr(message, "job", None) != peer.job or peer.attempt != self._secrets.get(peer.job, (-1, b""))[0]:
+            return False
+        match message:
+            case wire.PeerHello():
+                self._greeted(message)
+            case wire.PeerNews():
+                self._local.heard(message)
+            case wire.Describe() | wire.Fetch():
+                await self._answer(peer, message)
+            case wire.List():
+                await peer.send(wire.Listed(images=self._local.listing(message.job, message.attempt, message.step)))
+            case _:
+                return False
+        return True
 
     def _greeted(self, hello: wire.PeerHello) -> None:
         """A daemon that came back listens elsewhere: follow it, if it is of our attempt."""
@@ -225,22 +239,20 @@ class Peers:
             link.task.cancel()
             self._links[hello.job, hello.node] = _Link(self, hello.job, hello.attempt, link.node, hello.node, hello.address)
 
-    async def _answer(self, writer: asyncio.StreamWriter, m: wire.Describe | wire.Fetch) -> None:
+    async def _answer(self, peer: Connection, m: wire.Describe | wire.Fetch) -> None:
         try:
             held = self._local.held(m.job, m.attempt, m.step, m.rank)
             if isinstance(m, wire.Fetch) and not 0 <= m.begin <= m.end <= min(len(held.image), m.begin + FETCH_BYTES):
                 msg = f"bytes {m.begin} to {m.end} are not to be had"
                 raise NotFound(msg)
         except CkptdError as e:
-            await _send(writer, wire.Refused(id=0, error=type(e).__name__, message=e.message))
+            await peer.send(wire.Refused(id=0, error=type(e).__name__, message=e.message))
             return
         if isinstance(m, wire.Describe):
-            await _send(writer, wire.Described(image_bytes=len(held.image), digests=held.digests))
+            await peer.send(wire.Described(image_bytes=len(held.image), digests=held.digests))
         else:
-            await _send(writer, wire.Blocks(bytes=m.end - m.begin))
-            writer.write(held.image[m.begin : m.end])
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                await writer.drain()
+            peer.put(wire.Blocks(bytes=m.end - m.begin))
+            await peer.send_bytes(held.image[m.begin : m.end])
 
 
 class _Link:
@@ -262,10 +274,10 @@ class _Link:
         pause_s = RETRY_S[0]
         while True:
             try:
-                async with _dial(self.address) as (reader, writer):
+                async with self._peers.dial(self.address, self.job) as peer:
                     pause_s, self.connected = RETRY_S[0], True
-                    await self._until_gone(reader, self._talk(writer))
-            except (OSError, PeerFailed, TimeoutError, ValueError) as e:  # ValueError: an address that is none
+                    await self._until_gone(peer, self._talk(peer))
+            except (OSError, PeerFailed, NotFound, TimeoutError, ValueError) as e:  # ValueError: an address that is none
                 log.debug("peer %s: %s", self.address, e)
             finally:
                 self.connected = False
@@ -273,9 +285,9 @@ class _Link:
             pause_s = min(2 * pause_s, RETRY_S[1])
 
     @staticmethod
-    async def _until_gone(reader: asyncio.StreamReader, talk: Coroutine[Any, Any, None]) -> None:
+    async def _until_gone(peer: Connection, talk: Coroutine[Any, Any, None]) -> None:
         """A peer says nothing on this line; it ends when the peer's daemon does, and its successor wants the greeting at once."""
-        tasks = {asyncio.ensure_future(reader.read(1)), asyncio.create_task(talk)}
+        tasks = {asyncio.ensure_future(peer.gone()), asyncio.create_task(talk)}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -285,54 +297,17 @@ class _Link:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _talk(self, writer: asyncio.StreamWriter) -> None:
+    async def _talk(self, peer: Connection) -> None:
         local = self._peers._local  # noqa: SLF001  a link is a part of Peers
-        await _send(
-            writer, wire.PeerHello(job=self.job, attempt=self.attempt, node=self.node, address=self._peers.address)
-        )
+        await peer.send(wire.PeerHello(job=self.job, attempt=self.attempt, node=self.node, address=self._peers.address))
         for news in local.greeting(self.job):
             if news.what != "part" or self.other == 0:
-                await _send(writer, news)
+                await peer.send(news)
         while True:
             while self._news:
-                await _send(writer, self._news.popleft())
+                await peer.send(self._news.popleft())
             self._wake.clear()
             await self._wake.wait()
-
-
-@contextlib.asynccontextmanager
-async def _dial(address: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    host, _, port = address.rpartition(":")
-    async with asyncio.timeout(CONNECT_TIMEOUT_S):
-        reader, writer = await asyncio.open_connection(host, int(port), limit=READ_AHEAD_BYTES)
-    try:
-        yield reader, writer
-    except asyncio.IncompleteReadError as e:
-        msg = f"the daemon at {address} hung up"
-        raise PeerFailed(msg) from e
-    except TimeoutError as e:
-        msg = f"the daemon at {address} did not answer in {ANSWER_TIMEOUT_S:.0f} s"
-        raise PeerFailed(msg) from e
-    finally:
-        writer.close()
-
-
-async def _send(writer: asyncio.StreamWriter, message: wire.Message) -> None:
-    writer.write(wire.encode(message))
-    async with asyncio.timeout(ANSWER_TIMEOUT_S):
-        await writer.drain()
-
-
-async def _receive(reader: asyncio.StreamReader, *, idle: bool = False) -> Any:
-    """One message; between messages a connection may be `idle` for as long as it likes, within one it may not."""
-    if idle:
-        head = await reader.readexactly(4)
-    else:
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            head = await reader.readexactly(4)
-    length = wire.frame_length(head)
-    async with asyncio.timeout(ANSWER_TIMEOUT_S):
-        return wire.decode(await reader.readexactly(length), "remote")
 
 
 def _refusal(answer: Any) -> CkptdError:

@@ -20,6 +20,7 @@ import logging
 import operator
 import os
 import re
+import secrets
 import sys
 import threading
 import time
@@ -43,7 +44,7 @@ from ckptd.arena import Arena
 from ckptd.binding import Binding, encode_objects
 from ckptd.capture import FAILED, Capture, copier_for, copy_batch, hash_of, pin, unpin
 from ckptd.channel import socket_path
-from ckptd.core import groups, slots, wire
+from ckptd.core import groups, proof, slots, wire
 from ckptd.core.boxes import Box
 from ckptd.core.image import Layout, Piece
 from ckptd.core.ladder import Durable, Holding, Key, Rung, guarded, rungs
@@ -174,6 +175,8 @@ class _Place(msgspec.Struct, array_like=True):
     labels: list[dict[str, str]] = []
     guarded: Key | None = None
     """The newest snapshot that is under parity."""
+    secret: bytes = b""
+    """What this attempt's daemons know each other by."""
 
 
 
@@ -302,11 +305,12 @@ class Session:
         first = {d: next(a for a in arrivals if a.daemon == d) for d in daemons}
         held = {} if no_daemon else {i: first[d].holdings for i, d in enumerate(daemons)}
         ladder = rungs(held, durable, failed)
+        secret = secrets.token_bytes(proof.SECRET_BYTES)
         return [
             msgspec.msgpack.encode(
                 _Place(
                     max(known) + 1, no_daemon, daemons.index(a.daemon), sum(b.daemon == a.daemon for b in arrivals),
-                    [first[d].address for d in daemons], ladder, arrivals[0].broken, [first[d].labels for d in daemons], guarded(held),
+                    [first[d].address for d in daemons], ladder, arrivals[0].broken, [first[d].labels for d in daemons], guarded(held), secret,
                 )
             )
             for a in arrivals
@@ -383,7 +387,7 @@ class Session:
             id=number, job=s.job, attempt=self.attempt, rank=self.rank, world_size=self.world_size, local_count=p.local_count,
             node=p.node, peers=p.peers, image_bytes=image_bytes, slots=self._slots, store=s.store,
             keep_newest=s.keep_newest, keep_every=s.keep_every, parity=s.parity, group_size=s.group_size, labels=p.labels,
-            protected=self._reached.get("protected"),
+            protected=self._reached.get("protected"), secret=p.secret,
         )  # fmt: skip
 
     @property

@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "arena",
         "storage",
         "monitor",
-        "channel notify trace peers held protect capture state binding meeting link spawn restore wanted",
+        "channel notify trace transport peers held protect capture state binding meeting link spawn restore wanted",
         "session launch standby",
         "daemon convert",
         "cli",

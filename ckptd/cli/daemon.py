@@ -16,7 +16,7 @@ def add_parser(verbs: Any) -> None:
     )
     p.add_argument("--dir", metavar="DIR", help="directory of its socket (0700); default: $CKPTD_DIR, $RUNTIME_DIRECTORY, or the user's runtime directory")
     p.add_argument("--peer-host", default="127.0.0.1", metavar="ADDRESS", help="address for other nodes' daemons (default %(default)s)")
-    p.add_argument("--insecure-peers", action="store_true", help="allow --peer-host off loopback, without authentication")
+    p.add_argument("--insecure-peers", action="store_true", help="allow --peer-host off loopback: peers are authenticated, but nothing is encrypted")
     p.add_argument("--linger-s", type=float, default=0.0, metavar="S", help="leave after S seconds without a client (default: never)")
     p.add_argument("--threads", type=int, default=2, metavar="N", help="threads for checksums and writing (default %(default)s)")
     p.add_argument("--persist-timeout-s", type=float, default=3600.0, metavar="S", help="give up persisting a step after S seconds (default %(default)s)")

@@ -81,6 +81,9 @@ class AttemptBegan:
     nodes: int
     protect: bool = False
     protected: Key | None = None
+    rank: int = 0
+    local_count: int = 1
+    """How many ranks of this node will say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +388,9 @@ class Job:
     doomed: OrderedDict[Key, None] = field(default_factory=OrderedDict)
     failed: set[tuple[int, int, str]] = field(default_factory=set)
     protect: bool = False
+    local_count: int = 1
+    joined: set[int] = field(default_factory=set)
+    """Ranks of this node that joined the attempt since this daemon knows it."""
     errands: dict[str, Errand] = field(default_factory=lambda: {e: Errand() for e in ERRANDS})
     fragments: dict[Key, tuple[SlotRef, Fragment]] = field(default_factory=dict)
     """Sealed parity in this node's memory. It may outlive the images, and come back before them."""
@@ -473,10 +479,12 @@ class Node:
             job.counters.fenced += 1
             return
         newer, successor = e.attempt > job.attempt, job.attempt == 0
-        job.attempt, job.node, job.nodes, job.protect = e.attempt, e.node, e.nodes, e.protect
+        job.attempt, job.node, job.nodes, job.protect, job.local_count = e.attempt, e.node, e.nodes, e.protect, e.local_count
+        job.joined = {*(() if newer else job.joined), e.rank}
         if e.protected is not None and e.protected[0] == e.attempt and (job.protected is None or e.protected > job.protected):
             job.errands[PROTECT].done = e.protected  # all daemons may be new; ranks remember
         if not newer:
+            yield from self._decide(job, PROTECT, now_s)  # what a predecessor sealed
             return
         for state in job.errands.values():
             state.wanted = state.key = state.told = None
@@ -778,7 +786,8 @@ class Node:
         keys = [k for k, s in job.snapshots.items() if s.state != FILLING and k[0] == job.attempt]
         if errand == PROTECT:
             tried = max((k for k in (state.told, state.done) if k is not None), default=None)
-            keys = [k for k in keys if job.protect and (tried is None or k > tried)]
+            ready = job.protect and len(job.joined) >= job.local_count  # before that a rank may know of a PROTECTED step, and we do not
+            keys = [k for k in keys if ready and (tried is None or k > tried)]
         else:
             keys = [k for k in keys if state.wanted is not None and k[1] >= state.wanted]
         if not keys:

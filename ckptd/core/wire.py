@@ -83,6 +83,8 @@ class Join(Request, frozen=True, kw_only=True):
     """Failure domains, by node."""
     protected: Key | None = None
     """When rejoining: the newest PROTECTED step that this rank heard of."""
+    secret: bytes = b""
+    """What daemons of this attempt know each other by."""
 
 
 class Granted(Message, frozen=True, kw_only=True):
@@ -229,8 +231,23 @@ class Reached(Message, frozen=True, kw_only=True):
 # --- remote -----------------------------------------------------------------------------------------------------------------
 
 
+class Knock(Message, frozen=True, kw_only=True):
+    """First word of a daemon to a daemon: for which attempt of which job it comes. Answer: Prove. See core/proof.py."""
+
+    job: str
+    attempt: int
+    nonce: bytes
+
+
+class Prove(Message, frozen=True, kw_only=True):
+    """Who sends this knows the secret of the job's attempt. `nonce`: of the end that listens."""
+
+    nonce: bytes
+    proof: bytes
+
+
 class PeerHello(Message, frozen=True, kw_only=True):
-    """First word of a daemon to a daemon, for one job. `node` now listens at `address`."""
+    """First word of a daemon that will tell news. `node` now listens at `address`."""
 
     job: str
     attempt: int
@@ -303,7 +320,7 @@ LOCAL = (
     Hello | Welcome | Join | Granted | Open | Opened | Ensure | Forget | Status | Report | Shutdown | Done | Refused
     | Filled | Skipped | Persist | Chose | RestoreFailed | HandBack | Kept | Dropped | Reached
 )  # fmt: skip
-REMOTE = PeerHello | PeerNews | Describe | Described | List | Listed | Fetch | Blocks | Refused
+REMOTE = Knock | Prove | PeerHello | PeerNews | Describe | Described | List | Listed | Fetch | Blocks | Refused
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS = {"local": msgspec.msgpack.Decoder(LOCAL), "remote": msgspec.msgpack.Decoder(REMOTE)}

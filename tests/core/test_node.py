@@ -606,7 +606,7 @@ class World:
         self.trace: deque = deque(maxlen=60)
         for n in range(len(self.machines)):
             for r in range(self.setup.ranks):
-                self.send(n, AttemptBegan(J, 1, n, self.setup.nodes, self.setup.protect))
+                self.send(n, AttemptBegan(J, 1, n, self.setup.nodes, self.setup.protect, None, r, self.setup.ranks))
                 self.send(n, Chosen(J, 1, None))
 
     # --- truth
@@ -889,7 +889,7 @@ class World:
         if m.node is None or rank.joined:
             return
         self.scan(n, r)
-        self.send(n, AttemptBegan(J, self.attempt, m.number, self.setup.nodes, self.setup.protect, rank.protected))
+        self.send(n, AttemptBegan(J, self.attempt, m.number, self.setup.nodes, self.setup.protect, rank.protected, r, self.setup.ranks))
         rank.joined = True
         self.scan(n, r)
         if rank.chose:
@@ -935,7 +935,7 @@ class World:
         for n, r in joins:
             m = self.machines[n]
             m.number = numbers[n]
-            self.send(n, AttemptBegan(J, self.attempt, m.number, self.setup.nodes, self.setup.protect))
+            self.send(n, AttemptBegan(J, self.attempt, m.number, self.setup.nodes, self.setup.protect, None, r, self.setup.ranks))
             m.ranks[r].joined, m.ranks[r].chose, m.ranks[r].protected = True, False, None
             self.noise(zombie)
         for link in self.links:

@@ -7,6 +7,7 @@ import itertools
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import ckptd
 from ckptd.arena import Arena
 from ckptd.channel import Pipe, connect
-from ckptd.core import slots, wire
+from ckptd.core import proof, slots, wire
 from ckptd.core.boxes import Box
 from ckptd.core.image import Piece, lay_out
 from ckptd.errors import DaemonUnreachable
@@ -106,6 +107,59 @@ def image_of(step: int, rank: int, world: int, nbytes: int, attempt: int = 1, jo
     return layout.render(attempt=attempt, step=step, objects={}) + bytes([(31 * step + rank) % 251]) * nbytes
 
 
+SECRET = bytes(range(32))
+
+
+def secret_of(attempt: int) -> bytes:
+    return SECRET[attempt % 8 :] + SECRET[: attempt % 8]
+
+
+class Peer:
+    """The end of a daemon's connection that a test plays: it knows the secret, and says what it likes."""
+
+    def __init__(self, sock: socket.socket, *, job: str = JOB, attempt: int = 1, secret: bytes | None = None) -> None:
+        """Dial: knock and prove."""
+        self.sock, secret = sock, secret_of(attempt) if secret is None else secret
+        mine = os.urandom(32)
+        sock.sendall(wire.encode(wire.Knock(job=job, attempt=attempt, nonce=mine)))
+        theirs = self.frame().nonce
+        sock.sendall(wire.encode(wire.Prove(nonce=b"", proof=proof.proof(secret, proof.DIALS, job, attempt, mine, theirs))))
+        self.sends, self.receives = (proof.Tagger(secret, role, mine, theirs) for role in (proof.DIALS, proof.LISTENS))
+
+    @classmethod
+    def listening(cls, sock: socket.socket) -> Peer:
+        """Be dialled, and prove."""
+        self = cls.__new__(cls)
+        self.sock = sock
+        knock = self.frame()
+        secret, mine = secret_of(knock.attempt), os.urandom(32)
+        who = knock.job, knock.attempt, knock.nonce, mine
+        sock.sendall(wire.encode(wire.Prove(nonce=mine, proof=proof.proof(secret, proof.LISTENS, *who))))
+        assert self.frame().proof == proof.proof(secret, proof.DIALS, *who)
+        self.sends, self.receives = (proof.Tagger(secret, role, knock.nonce, mine) for role in (proof.LISTENS, proof.DIALS))
+        return self
+
+    def frame(self, extra: int = 0) -> Any:
+        head = self.sock.recv(4, socket.MSG_WAITALL)
+        if len(head) < 4:
+            raise ConnectionError("it hung up")
+        body = self.sock.recv(int.from_bytes(head, "little") + extra, socket.MSG_WAITALL)
+        if extra:
+            assert self.receives.tag(body[:-extra]) == body[-extra:]
+            body = body[:-extra]
+        return wire.decode(body, "remote")
+
+    def bytes_of(self, message: wire.Message) -> bytes:
+        frame = wire.encode(message)
+        return frame + self.sends.tag(frame[4:])
+
+    def send(self, message: wire.Message) -> None:
+        self.sock.sendall(self.bytes_of(message))
+
+    def receive(self) -> Any:
+        return self.frame(proof.TAG_BYTES)
+
+
 class Trainer(Client):
     """A rank as the session is one, step by step and without its care."""
 
@@ -117,6 +171,7 @@ class Trainer(Client):
         super().__init__(directory)
         self.directory, self.rank, self.attempt, self.world, self.job_name = directory, rank, attempt, world, job
         self.local, self.node, self.peers = local or world, node, peers or [""]
+        self.secret = secret_of(attempt)
         self.slot_count, self.nbytes, self.store, self.parity = slot_count, nbytes, store, parity
         self.arena: Arena | None = None
         try:
@@ -132,7 +187,7 @@ class Trainer(Client):
     def request(self, image_bytes: int) -> dict[str, Any]:
         return {
             "job": self.job_name, "attempt": self.attempt, "rank": self.rank, "world_size": self.world, "local_count": self.local, "node": self.node,
-            "peers": self.peers, "image_bytes": image_bytes, "slots": self.slot_count, "store": self.store, "parity": self.parity,
+            "peers": self.peers, "image_bytes": image_bytes, "slots": self.slot_count, "store": self.store, "parity": self.parity, "secret": self.secret,
         }  # fmt: skip
 
     def join(self) -> wire.Granted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -11,7 +12,7 @@ import pytest
 
 from ckptd.core import wire
 from ckptd.storage import checkpoint, open_store
-from tests.daemon.rig import JOB, Refusal, Trainer, image_of, until
+from tests.daemon.rig import JOB, Peer, Refusal, Trainer, image_of, until
 
 
 def pair(rig, names=("a", "b"), **options) -> list[Trainer]:
@@ -194,12 +195,10 @@ def liar(answers):
                 with sock:
                     sock.settimeout(2)
                     try:
+                        peer = Peer.listening(sock)
                         for answer in answers:
-                            head = sock.recv(4, socket.MSG_WAITALL)
-                            if len(head) < 4:
-                                break
-                            sock.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL)
-                            sock.sendall(answer)
+                            peer.receive()
+                            peer.send(answer)
                     except OSError:
                         pass
         except OSError:
@@ -221,7 +220,7 @@ def liar(answers):
 )  # fmt: skip
 def test_a_peer_that_lies_about_an_image(rig, described):
     rig.start("a")
-    address, server = liar([wire.encode(described)] * 3)
+    address, server = liar([described] * 3)
     with server:
         t = rig.trainer("a", 0, world=2, local=1, node=0, peers=["", address])
         with pytest.raises(Refusal, match="PeerFailed"):
@@ -333,13 +332,19 @@ def test_news_of_unknown_jobs_and_old_attempts_change_nothing(rig):
     a.fill(1)
     until(lambda: a.steps() == {(5, 1): "sealed"})
     with dial(rig) as sock:
-        for i in range(500):
-            sock.sendall(wire.encode(wire.PeerHello(job=f"j{i}", attempt=9, node=1, address="x")))
-            sock.sendall(wire.encode(wire.PeerNews(job=f"j{i}", attempt=9, step=1, node=1, what="sealed")))
-        sock.sendall(wire.encode(wire.PeerHello(job=JOB, attempt=4, node=1, address="127.0.0.1:1")))
-        sock.sendall(wire.encode(wire.PeerNews(job=JOB, attempt=5, step=1, node=1, what="sealed")))
-        sock.sendall(wire.encode(wire.PeerNews(job=JOB, attempt=5, step=1, node=1, what="what?")))
-        time.sleep(0.3)
+        peer = Peer(sock, attempt=5)
+        peer.send(wire.PeerNews(job=JOB, attempt=5, step=1, node=1, what="what?"))
+        peer.send(wire.PeerNews(job=JOB, attempt=4, step=1, node=1, what="sealed"))
+        peer.send(wire.PeerNews(job="another", attempt=5, step=1, node=1, what="sealed"))
+        assert sock.recv(1) == b"", "news of another job end the connection"
+    with dial(rig) as sock, pytest.raises((ConnectionError, TimeoutError)):
+        Peer(sock, attempt=4)  # a zombie knows an older secret
+    for job, attempt, secret in ((JOB, 5, bytes(32)), ("another", 5, None), (JOB, 6, None)):
+        with dial(rig) as sock, contextlib.suppress(ConnectionError):
+            peer = Peer(sock, job=job, attempt=attempt, secret=secret)
+            peer.send(wire.PeerNews(job=job, attempt=attempt, step=1, node=1, what="sealed"))
+            assert sock.recv(1) == b""
+    assert a.status()["strangers"] == 4, "each is counted"
     assert a.steps() == {(5, 1): "sealed"}, "a zombie's word was taken"
     assert [*a.status()["jobs"]] == [JOB], "news make no jobs"
     b.fill(1)
@@ -353,9 +358,9 @@ def test_ranges_of_a_fetch_are_bounded(rig, begin_end):
     t.fill(1)
     t.reached("committed", 1)
     with dial(rig) as sock:
-        sock.sendall(wire.encode(wire.Fetch(job=JOB, attempt=1, step=1, rank=0, begin=begin_end[0], end=begin_end[1])))
-        head = sock.recv(4, socket.MSG_WAITALL)
-        answer = wire.decode(sock.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL), "remote")
+        peer = Peer(sock)
+        peer.send(wire.Fetch(job=JOB, attempt=1, step=1, rank=0, begin=begin_end[0], end=begin_end[1]))
+        answer = peer.receive()
     assert isinstance(answer, wire.Refused)
 
 
@@ -383,3 +388,94 @@ def test_only_loopback_without_being_told(rig, host, why):
     )  # fmt: skip
     assert done.returncode == 10
     assert why in done.stderr
+
+
+# --- who is a peer
+
+
+@pytest.mark.parametrize("what", ["changed", "repeated", "left out", "no tag", "turned around"])
+def test_messages_that_were_tampered_with_end_the_connection(rig, what):
+    """S13: between the ends somebody changes, repeats, drops or reflects what was sent."""
+    rig.start("a")
+    a = rig.trainer("a", 0, world=2, local=1, node=0, peers=["", "127.0.0.1:1"])
+    a.fill(1)
+    until(lambda: a.steps() == {(1, 1): "sealed"})
+    news = wire.PeerNews(job=JOB, attempt=1, step=1, node=1, what="sealed")
+    with dial(rig) as sock:
+        peer = Peer(sock)
+        good = peer.bytes_of(wire.List(job=JOB, attempt=1, step=1))
+        sock.sendall(good)
+        assert peer.receive().images[0][0] == 0
+        data = peer.bytes_of(news)
+        match what:
+            case "changed":
+                sock.sendall(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+            case "repeated":
+                sock.sendall(good)
+            case "left out":
+                sock.sendall(peer.bytes_of(news))
+            case "no tag":
+                sock.sendall(data[:-16] + bytes(16))
+            case _:
+                frame = wire.encode(news)
+                sock.sendall(frame + peer.receives.tag(frame[4:]))
+        sock.settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+    time.sleep(0.2)
+    assert a.steps() == {(1, 1): "sealed"}, "a forged word was taken"
+
+
+def test_a_listener_that_does_not_know_the_secret_is_told_nothing(rig):
+    """A stranger at a peer's address gets a knock, and no news."""
+    rig.start("a")
+    got = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        a = rig.trainer("a", 0, world=2, local=1, node=0, peers=["", f"127.0.0.1:{server.getsockname()[1]}"])
+        a.fill(1)
+        for _ in range(3):
+            sock, _ = server.accept()
+            with sock:
+                sock.settimeout(2)
+                head = sock.recv(4, socket.MSG_WAITALL)
+                got.append(wire.decode(sock.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL), "remote"))
+                sock.sendall(wire.encode(wire.Prove(nonce=os.urandom(32), proof=os.urandom(32))))
+                assert sock.recv(100) == b"", "it goes on without proof"
+    assert [type(m) for m in got] == [wire.Knock] * 3
+    assert len({m.nonce for m in got}) == 3, "a nonce is used once"
+    assert a.job()["peers_connected"] == {"1": False}
+
+
+def test_a_recorded_conversation_cannot_be_played_again(rig):
+    start(rig, "a")
+    rig.trainer("a", 0, world=2, local=1, node=0, peers=["", "127.0.0.1:1"])
+    with dial(rig) as sock:
+        sent = []
+
+        class Recorder:
+            def sendall(self, data):
+                sent.append(data)
+                sock.sendall(data)
+
+            def recv(self, *args):
+                return sock.recv(*args)
+
+        Peer(Recorder()).send(wire.List(job=JOB, attempt=1, step=1))
+    with dial(rig) as sock:
+        sock.settimeout(5)
+        for data in sent:
+            sock.sendall(data)
+        answers = b""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := sock.recv(4096):
+                answers += piece
+    assert len(answers) < 200, "one proof, with a new nonce, and then nothing"
+
+
+def test_a_rank_without_a_secret_is_refused(rig):
+    start(rig, "a")
+    with pytest.raises(Refusal, match="a secret of 3 bytes"):
+        t = rig.trainer("a", 0, world=2, local=1, node=0, peers=["", "127.0.0.1:1"], join=False)
+        t.secret = b"abc"
+        t.join()
