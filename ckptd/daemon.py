@@ -411,6 +411,9 @@ class Daemon:
         except (ValueError, OverflowError) as e:  # numbers that cannot be: an arena of -1 bytes, a name with a NUL
             self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", BadArgument(str(e)))
             client.channel.send(wire.Refused(id=request.id, error="BadArgument", message=str(e)))
+        except Exception as e:  # noqa: BLE001  who asked must have an answer
+            self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", e)
+            client.channel.send(wire.Refused(id=request.id, error="Bug", message=f"{type(e).__name__}: {e}"))
 
     def _asked_to_leave(self) -> None:
         """At once, unless other jobs are here."""
@@ -480,6 +483,7 @@ class Daemon:
             raise BadArgument(why)
         protects = self.protection.join(m)
         if known is None or m.attempt > known.attempt:
+            self._drop_guests(m.job)  # what was opened for an attempt that never chose is of other nodes, or of a group that has changed since
             self._verify_ahead(m.job)  # beside granting and mapping of memory; if a death has begun it, there is nothing to do
             self.ahead.pop(m.job, None)
         client.attempt = m.attempt
@@ -538,12 +542,13 @@ class Daemon:
             partial(arena.Arena.create, job=m.job, rank=m.rank, slot_count=allowed, slot_bytes=m.image_bytes)
         )
         await self._in_pool(made.populate)
-        self.arenas.add(made)
-        self._offer_to_keepers(made)
+        self.hold(made)
         note = "" if allowed == m.slots else f"{allowed} slots instead of {m.slots}: memory is short"
         return made, note
 
-    def _offer_to_keepers(self, made: arena.Arena) -> None:
+    def hold(self, made: arena.Arena) -> None:
+        """A new arena: hold it, and give keepers their copy."""
+        self.arenas.add(made)
         for keeper in self.clients:
             if keeper.role == "keeper" and keeper.job == made.descriptor.job:
                 keeper.channel.send(wire.Kept(arena=made.name), made.fd)
@@ -565,8 +570,10 @@ class Daemon:
         key = (m.job, m.attempt, m.step, m.rank)
         guest = self.guests.get(key)
         if guest is None and m.remains is not None:
-            guest = await self.protection.open(key, m.remains)
-            guest = self.guests.setdefault(key, guest)
+            made = await self.protection.open(key, m.remains)
+            guest = self.guests.setdefault(key, made)
+            if guest is not made:  # another rank was faster
+                made.close()
         elif guest is None:
             address = self.peers.address_of(m.job, m.node)
             about = await self.peers.describe(address, *key)
@@ -611,6 +618,10 @@ class Daemon:
         if guest is None:
             msg = f"image {key} is not open"
             raise NotFound(msg)
+        async with guest.lock:  # a block that a rank may be reading is not written again
+            await self._fetch_into(guest, key, blocks)
+
+    async def _fetch_into(self, guest: Guest, key: tuple[str, int, int, int], blocks: Iterable[int]) -> None:
         size = guest.image_bytes
         wanted = sorted({b for b in blocks if b not in guest.present and 0 <= b < checksum.block_count(size)})
         if guest.remains is not None:
@@ -660,9 +671,18 @@ class Daemon:
             needed = {i.ref.arena for s in job.snapshots.values() for i in s.images.values()}
             for held in self.arenas.of(job.name):
                 if held.descriptor.rank == protect.FRAGMENT_RANK and job.protect:
+                    self._collect_parity(job, held)
                     continue
                 if held.name not in owned and held.name not in needed and job.committed and job.committed[0] == job.attempt:
                     self._drop_arena(held)
+
+    def _collect_parity(self, job: node.Job, held: arena.Arena) -> None:
+        """Free memory for fragments that became too small, once nothing lies in it."""
+        larger = any(a.geometry.slot_bytes > held.geometry.slot_bytes for a in self.arenas.of(job.name, protect.FRAGMENT_RANK))
+        used = any(ref.arena == held.name for ref, _ in job.fragments.values())
+        filling = any(held.header(s).state == slots.FILLING for s in range(held.geometry.slots))
+        if larger and not used and not filling:
+            self._drop_arena(held)
 
     # --- what the node asks for ---------------------------------------------------------------------------------------------
 
@@ -721,18 +741,14 @@ class Daemon:
     async def _errand(self, a: node.DoPart | node.WriteManifest, errand: str, work: Awaitable[None]) -> None:
         try:
             await work
-        except (CkptdError, OSError, TimeoutError) as e:
+        except Exception as e:  # noqa: BLE001  the errand must end on all nodes, whatever it was
             if errand == node.PERSIST:
                 self.written.pop((a.job, a.attempt, a.step), None)
             self._failed(f"{errand}ing step {a.step} of job {a.job}", e)
             self._event(node.ErrandFailed(a.job, a.attempt, a.step, str(e), errand))
 
     async def _make_fragment(self, a: node.DoPart) -> None:
-        before = {held.name for held in self.arenas.of(a.job, protect.FRAGMENT_RANK)}
         ref, fragment = await self.protection.make(a.job, (a.attempt, a.step))
-        for held in self.arenas.of(a.job, protect.FRAGMENT_RANK):
-            if held.name not in before:
-                self._offer_to_keepers(held)
         self._event(node.PartDone(a.job, a.attempt, a.step, node.PROTECT, ref=ref, fragment=fragment))
 
     async def _write_images(self, a: node.DoPart) -> None:

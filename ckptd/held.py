@@ -8,6 +8,8 @@ All methods run on the loop unless they say "pool"; those get immutable inputs a
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import mmap
 import os
@@ -35,6 +37,8 @@ class Guest:
     image_bytes: int
     digests: bytes
     present: set[int] = field(default_factory=set)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    closed: bool = False
     remains: Remains | None = None
     """Where nobody holds the image: what it is decoded from."""
     meta: Any = None
@@ -55,8 +59,10 @@ class Guest:
             raise
 
     def close(self) -> None:
-        """Free it; trainers that mapped it keep their mapping."""
-        self.mapping.close()
+        """Free it; trainers that mapped it keep their mapping, and a decoding that is under way its view."""
+        self.closed = True
+        with contextlib.suppress(BufferError):
+            self.mapping.close()
         os.close(self.fd)
 
 
@@ -66,6 +72,8 @@ class Arenas:
     def __init__(self) -> None:
         self._arenas: dict[str, Arena] = {}
         self._verified: dict[SlotRef, set[int]] = {}
+        self._digests: dict[SlotRef, bytes] = {}
+        """Seals that were read: a peer that fetches an image asks once per megabyte."""
 
     def __iter__(self) -> Iterator[Arena]:
         return iter([*self._arenas.values()])
@@ -91,6 +99,7 @@ class Arenas:
         arena = self._arenas.pop(name)
         notify.drop_fd(f"ckptd-{name}")
         self._verified = {ref: blocks for ref, blocks in self._verified.items() if ref.arena != name}
+        self._digests = {ref: digests for ref, digests in self._digests.items() if ref.arena != name}
         arena.close()
 
     def of(self, job: str, rank: int | None = None) -> list[Arena]:
@@ -110,15 +119,19 @@ class Arenas:
     def digests(self, ref: SlotRef) -> bytes:
         """The checksums of a sealed filling. Raises NotFound."""
         arena = self._arenas.get(ref.arena)
+        if arena is not None and ref in self._digests and arena.header(ref.slot).gen == ref.gen:
+            return self._digests[ref]
         seal = arena.seal(ref.slot) if arena else None
         if seal is None or seal.gen != ref.gen:
             msg = f"slot {ref.slot} of arena {ref.arena} has no checksums of filling {ref.gen}"
             raise NotFound(msg)
+        self._digests[ref] = seal.digests
         return seal.digests
 
     def release(self, ref: SlotRef) -> None:
         """Give the slot back to its trainer."""
         self._verified.pop(ref, None)
+        self._digests.pop(ref, None)
         arena = self._arenas.get(ref.arena)
         if arena is not None:
             slots.release(arena.memory, arena.geometry.seal_at(ref.slot), ref.gen)

@@ -238,6 +238,11 @@ class Peers:
             log.info("node %d of job %s is back at %s", hello.node, hello.job, hello.address)
             link.task.cancel()
             self._links[hello.job, hello.node] = _Link(self, hello.job, hello.attempt, link.node, hello.node, hello.address)
+        elif link is not None and link.attempt == hello.attempt:
+            # Perhaps a new daemon at the old address: what our line told it before it knew the attempt fell on deaf ears.
+            for news in self._local.greeting(hello.job):
+                if news.what != "part" or hello.node == 0:
+                    link.put(news)
 
     async def _answer(self, peer: Connection, m: wire.Describe | wire.Fetch) -> None:
         try:

@@ -12,7 +12,10 @@ Runs on the daemon's loop; byte work goes to the pool that it is given.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -25,10 +28,12 @@ from ckptd.core.ladder import Fragment, Key, Remains
 from ckptd.core.node import SlotRef
 from ckptd.core.parity import Combine, Rows
 from ckptd.core.stripes import Member, Part, Stripes, Task
-from ckptd.errors import BadImage, MemoryRefused, NotFound, PeerFailed
+from ckptd.errors import BadImage, CkptdError, MemoryRefused, NotFound, PeerFailed
 from ckptd.held import Arenas, Guest, make_seal, put_seal, verify_blocks
 from ckptd.peers import FETCH_BYTES, Peers
 from ckptd.peers import Held as Image
+
+log = logging.getLogger("ckptd.protect")
 
 FRAGMENT_RANK = -1
 """Stands where ranks stand: in an arena's descriptor, and when a fragment is fetched."""
@@ -37,6 +42,8 @@ FRAGMENT_SLOTS = 2
 GROWTH = 16
 """Slots have room for a sixteenth more, so that images may grow a little without new memory."""
 META_BYTES_MAX = 1 << 30
+META_BYTES_MIN, META_BYTES_PER_IMAGE = 4096, 64
+"""Room in a header besides its checksums."""
 
 DECODE_BLOCKS = 64
 """Decoded at a time, then proven."""
@@ -102,6 +109,9 @@ class Host(Protocol):
     def number(self, job: str) -> int:
         """This node's number in the job's attempt."""
 
+    def hold(self, made: arena.Arena) -> None:
+        """A new arena: hold it."""
+
     async def in_pool(self, work: Callable[[], Any]) -> Any:
         """Byte work."""
 
@@ -114,17 +124,39 @@ class Place(msgspec.Struct, frozen=True):
     position: int
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a member computes, and where each result goes in its fragment."""
+
+    stripes: Stripes
+    member: int
+    tasks: list[Task]
+    places: list[tuple[int, int]]
+
+    @staticmethod
+    def of(stripes: Stripes, member: int) -> Plan:
+        """Pool: tens of microseconds per row; a node of 100 GB has 100,000."""
+        tasks = [*stripes.encode(member)]
+        places = stripes.places_of(member)
+        return Plan(stripes, member, tasks, [places[t.row] for t in tasks])
+
+
 class Protection:
     """The part of a daemon that makes fragments and decodes."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._places: dict[str, Place] = {}
+        self._plans: dict[str, Plan] = {}
+        """By job: the last one made. Images have the same sizes in every step."""
 
     def join(self, m: wire.Join) -> bool:
         """A rank joins an attempt: find this node's group. False where nothing is protected. Raises BadArgument."""
         if m.parity == 0 or len(m.peers) < 2:
             return False
+        known = self._places.get(m.job)
+        if known is not None and known.attempt == m.attempt:
+            return True
         group = next(g for g in form(m.labels or [{}] * len(m.peers), size=m.group_size, parity=m.parity) if m.node in g.members)
         self._places[m.job] = Place(m.attempt, group, group.members.index(m.node))
         return True
@@ -132,6 +164,7 @@ class Protection:
     def leave(self, job: str) -> None:
         """The job is over."""
         self._places.pop(job, None)
+        self._plans.pop(job, None)
 
     def status(self, job: str) -> dict[str, Any] | None:
         """This node's group, as plain values."""
@@ -149,11 +182,15 @@ class Protection:
             raise NotFound(msg)
         images = await asyncio.gather(*(self._listing(n, job, key) for n in place.group.members))
         stripes = Stripes(place.group.parity, tuple(Member(tuple((rank, size) for rank, size, _ in held)) for held in images))
+        plan = self._plans.get(job)
+        if plan is None or (plan.stripes, plan.member) != (stripes, place.position):
+            plan = self._plans[job] = await host.in_pool(partial(Plan.of, stripes, place.position))
+        stripes, tasks, places = plan.stripes, plan.tasks, plan.places
         fragment = Fragment(snapshot.world_size, place.group.parity, place.position, stripes.members)
         digests = {rank: d for held in images for rank, _, d in held}
         header = write_meta(Meta(*key, fragment, digests))
         size = len(header) + stripes.fragment_bytes(place.position)
-        held, slot = await self._room(job, size)
+        held, slot = await self._room(job, key, size)
         seal, at = held.seal(slot), held.geometry.header_at(slot)
         gen = max(held.header(slot).gen, seal.gen, seal.released_gen) + 1
         words = slots.Header(
@@ -163,8 +200,6 @@ class Protection:
         try:
             image = held.image(slot, size)
             image[: len(header)] = header
-            tasks = [*stripes.encode(place.position)]
-            places = [stripes.place_of(place.position, t.row) for t in tasks]
 
             def locate(part: Part) -> Source:
                 rank, begin, end = stripes.members[part.member].extent_of(part.block)
@@ -174,7 +209,8 @@ class Protection:
             slots.flip(held.memory, at, slots.FILLED)
             put_seal(held, slot, gen, await host.in_pool(partial(make_seal, slot, gen, image, held.seal(slot))))
         except BaseException:
-            slots.flip(held.memory, at, slots.VOID)
+            with contextlib.suppress(ValueError):  # the job was forgotten, and its memory is gone
+                slots.flip(held.memory, at, slots.VOID)
             raise
         return SlotRef(held.name, slot, gen), fragment
 
@@ -188,8 +224,8 @@ class Protection:
             raise PeerFailed(msg)
         return sorted(images)
 
-    async def _room(self, job: str, size: int) -> tuple[arena.Arena, int]:
-        """A free slot for a fragment; makes an arena, if there is none that is large enough. Raises MemoryRefused."""
+    async def _room(self, job: str, key: Key, size: int) -> tuple[arena.Arena, int]:
+        """A free slot for a fragment; makes an arena, if there is none that is large enough. Raises MemoryRefused, NotFound (the job was forgotten)."""
         host = self._host
         fitting = [held for held in host.arenas.of(job, FRAGMENT_RANK) if held.geometry.slot_bytes >= size]
         for held in fitting:
@@ -203,7 +239,12 @@ class Protection:
         arena.admit(slot_bytes, FRAGMENT_SLOTS, 0)
         made = await host.in_pool(partial(arena.Arena.create, job=job, rank=FRAGMENT_RANK, slot_count=FRAGMENT_SLOTS, slot_bytes=slot_bytes))
         await host.in_pool(made.populate)
-        host.arenas.add(made)
+        try:
+            host.snapshot(job, key)
+        except NotFound:
+            made.close()
+            raise
+        host.hold(made)
         return made, 0
 
     # --- what nobody holds any more -----------------------------------------------------------------------------------------
@@ -212,26 +253,33 @@ class Protection:
         """An empty guest for an image that nobody holds; what it must be is written in each fragment of its group. Raises NotFound, PeerFailed."""
         job, attempt, step, rank = image
         here = self._host.number(job)
+        sizes = dict(i for member in remains.members for i in member.images)
+        blocks = sum(checksum.block_count(max(0, size)) for size in sizes.values())
+        bytes_max = 2 * slots.round_up(META_BYTES_MIN + META_BYTES_PER_IMAGE * len(sizes) + checksum.DIGEST_BYTES * blocks)
         for owner in sorted(remains.fragments.values(), key=lambda n: n != here):
-            if owner == here:
-                meta, _ = read_meta(self._host.held(job, attempt, step, FRAGMENT_RANK).image)
-            else:
-                meta = await self._remote_meta(self._host.peers.address_of(job, owner), job, (attempt, step))
-            sizes = dict(i for member in meta.fragment.members for i in member.images)
-            if meta.fragment.members == remains.members and (meta.attempt, meta.step) == (attempt, step) and rank in sizes:
+            try:
+                if owner == here:
+                    meta, _ = read_meta(self._host.held(job, attempt, step, FRAGMENT_RANK).image)
+                else:
+                    meta = await self._remote_meta(self._host.peers.address_of(job, owner), job, (attempt, step), bytes_max)
+            except (CkptdError, OSError, TimeoutError) as e:
+                log.warning("a fragment of step %d of job %s at node %d cannot be read: %s", step, job, owner, e)
+                continue
+            said = meta.fragment.members, meta.fragment.parity, meta.attempt, meta.step
+            if said == (remains.members, remains.parity, attempt, step) and rank in sizes:
                 guest = Guest.of(f"{job}/{step}/{rank}", owner, sizes[rank], meta.digests.get(rank, b""))
                 guest.meta = meta
                 return guest
         msg = f"no fragment of step {step} tells what the image of rank {rank} was"
         raise NotFound(msg)
 
-    async def _remote_meta(self, address: str, job: str, key: Key) -> Meta:
+    async def _remote_meta(self, address: str, job: str, key: Key, bytes_max: int) -> Meta:
         """The header of a fragment at a peer."""
         whole = bytearray()
         async for part in self._host.peers.stream(address, job, *key, [(FRAGMENT_RANK, 0, 8)]):
             whole += part
         end = 8 + int.from_bytes(whole, "little")
-        if end > META_BYTES_MAX:
+        if end > bytes_max:
             msg = f"the daemon at {address} says that its fragment has a header of {end} bytes"
             raise PeerFailed(msg)
         ranges = [(FRAGMENT_RANK, at, min(at + FETCH_BYTES, end)) for at in range(8, end, FETCH_BYTES)]
@@ -246,8 +294,20 @@ class Protection:
         if not isinstance(meta, Meta):
             msg = f"image {image} was opened without its group"
             raise NotFound(msg)
-        stripes, lost = Stripes(remains.parity, remains.members), {*remains.lost}
-        member = next(p for p, m in enumerate(remains.members) if any(r == rank for r, _ in m.images))
+        if (meta.fragment.parity, meta.fragment.members) != (remains.parity, remains.members):
+            msg = f"image {image} was opened with another group"
+            raise NotFound(msg)
+        lost = {*remains.lost}
+        plan = self._plans.get(job)
+        stripes = plan.stripes if plan is not None and plan.stripes.members == remains.members else Stripes(remains.parity, remains.members)
+        member = next((p for p, m in enumerate(remains.members) if any(r == rank for r, _ in m.images)), -1)
+        if member < 0 or not 0 < remains.parity < len(remains.members) or any(p not in range(stripes.n) for p in remains.fragments):
+            msg = f"rank {rank} is not of this group, or this is no group"
+            raise NotFound(msg)
+        if plan is None or plan.stripes is not stripes:
+            for position in remains.fragments:
+                await host.in_pool(partial(stripes.places_of, position))
+            self._plans[job] = Plan(stripes, -1, [], [])
         parity_begins = len(write_meta(meta))  # in every member's fragment: their headers differ in the position only
 
         def locate(part: Part) -> Source:
@@ -262,6 +322,9 @@ class Protection:
 
         with memoryview(guest.mapping) as view:
             for first in range(0, len(blocks), DECODE_BLOCKS):
+                if guest.closed:
+                    msg = f"image {image} is not wanted any more"
+                    raise NotFound(msg)
                 some = [b for b in blocks[first : first + DECODE_BLOCKS] if b not in guest.present]
                 extents = [checksum.extent_of(b, guest.image_bytes) for b in some]
                 tasks = [stripes.decode(member, stripes.members[member].block_of(rank, b), lost) for b in some]

@@ -75,8 +75,11 @@ class Connection:
 
 @contextlib.asynccontextmanager
 async def dial(address: str, job: str, attempt: int, secret: bytes) -> AsyncIterator[Connection]:
-    """Connect to a daemon of the job's attempt. Raises PeerFailed, OSError, TimeoutError, ValueError (an address that is none)."""
+    """Connect to a daemon of the job's attempt. Raises PeerFailed, OSError, TimeoutError."""
     host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        msg = f"{address!r} is no address of a daemon"
+        raise PeerFailed(msg)
     async with asyncio.timeout(CONNECT_TIMEOUT_S):
         reader, writer = await asyncio.open_connection(host, int(port), limit=READ_AHEAD_BYTES)
     try:

@@ -109,11 +109,11 @@ def _swap(labels: Sequence[Labels], groups: list[list[int]], held: list[Counter[
                 continue
             for h, j in [(h, j) for h, group in enumerate(groups) if h != g for j in range(len(group))]:
                 theirs = labels[groups[h][j]]
-                before = _collisions(held[g]) + _collisions(held[h])
-                after_g, after_h = held[g] - Counter(mine.items()) + Counter(theirs.items()), held[h] - Counter(theirs.items()) + Counter(mine.items())
-                if _collisions(after_g) + _collisions(after_h) < before:
+                if _change(held[g], held[h], mine, theirs) < 0:
                     groups[g][i], groups[h][j] = groups[h][j], groups[g][i]
-                    held[g], held[h] = after_g, after_h
+                    for counts, goes, comes in ((held[g], mine, theirs), (held[h], theirs, mine)):
+                        counts.subtract(goes.items())
+                        counts.update(comes.items())
                     better = True
                     break
 
@@ -122,8 +122,10 @@ def _meets(held: Counter[tuple[str, str]], labels: Labels) -> int:
     return sum(held[x] for x in labels.items())
 
 
-def _collisions(held: Counter[tuple[str, str]]) -> int:
-    return sum(n * (n - 1) // 2 for n in held.values())
+def _change(here: Counter[tuple[str, str]], there: Counter[tuple[str, str]], mine: Labels, theirs: Labels) -> int:
+    """By how many the pairs that share a label change if a node here and one there change places."""
+    goes, comes = mine.items() - theirs.items(), theirs.items() - mine.items()
+    return sum(there[x] - here[x] + 1 for x in goes) + sum(here[x] - there[x] + 1 for x in comes)
 
 
 def _shared(labels: Sequence[Labels], group: Sequence[int]) -> set[str]:

@@ -440,6 +440,8 @@ class Node:
         """Take one event; the actions are to be performed in order."""
         if isinstance(event, Tick):
             return [a for job in [*self.jobs.values()] for a in self._expire(job, now_s)]
+        if event.job not in self.jobs and not isinstance(event, AttemptBegan | Filled | FragmentFound):
+            return []  # of a job that is over
         job = self.jobs.setdefault(event.job, Job(event.job))
         return list(self._on[type(event)](job, event, now_s))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import signal
 import time
 
+import msgspec
 import pytest
 
 from ckptd.core import wire
@@ -201,3 +204,150 @@ def test_a_fragment_comes_back_to_a_new_daemon(rig):
 def test_labels_and_groups_are_shown(rig):
     trainers = cluster(rig, 2, parity=1, labels=["rack=r7"])
     assert trainers[0].welcome.labels == {"rack": "r7"}
+
+
+# --- what went wrong once
+
+
+def memfds(rig, name, what):
+    """Descriptors of a daemon whose memory is called so."""
+    base = f"/proc/{rig.daemons[name].pid}/fd"
+    found = []
+    for fd in os.listdir(base):
+        with contextlib.suppress(FileNotFoundError):
+            found += [fd] if what in os.readlink(f"{base}/{fd}") else []
+    return len(found)
+
+
+def open_of(rung, rank):
+    node = rung.nodes.get(rank, -1)
+    return {"job": JOB, "attempt": rung.attempt, "step": rung.step, "rank": rank, "node": node, "remains": None if node >= 0 else rung.remains_of(rank)}
+
+
+def test_what_an_earlier_attempt_opened_is_not_what_a_later_one_needs(rig):
+    """Attempt 2 fetched from a node that died before the restore chose; attempt 3 decodes the same image."""
+    trainers = cluster(rig, 3, parity=1)
+    protected(trainers, 1)
+    again = cluster(rig, 3, parity=1, attempt=2)
+    (best, *_) = ladder_of(again)
+    assert best.nodes[2] == 2
+    read(again[0], best, 2, [(0, 1)])
+    rig.kill("n2")
+    last = survivors(rig, ["n0", "n1"], attempt=3)
+    (best, *_) = ladder_of(last)
+    for t in last:
+        assert read(t, best, 2) == image_of(1, 2, 3, 3 * MB + 2000)
+
+
+def test_protecting_goes_on_with_a_new_daemon_at_the_old_address(rig):
+    """Node 0's line was there before the new daemon knew the job: what it told then was told to nobody."""
+    a, b = cluster(rig, 2, parity=1)
+    protected([a, b], 1)
+    a.fill(2)
+    until(lambda: a.steps().get((1, 2)) == "sealed")
+    rig.kill("n1")
+    rig.start("n1")
+    time.sleep(0.5)
+    ask = b.request
+    b.request = lambda n: ask(n) | {"protected": (1, 1)}
+    b.rejoin()
+    b.choose(None)
+    b.fill(2)
+    for step in (3, 4):
+        protected([a, b], step)
+    assert a.job()["counters"]["protect_failed"] == 0
+
+
+def test_memory_for_parity_that_became_too_small_is_freed(rig):
+    for attempt in (1, 2, 3):
+        trainers = cluster(rig, 3, parity=1, attempt=attempt, nbytes=(2 << attempt) * MB)
+        for t in trainers:
+            t.choose(None)
+        protected(trainers, 1)
+        protected(trainers, 2)
+        held = lambda t=trainers[0]: t.job()["group"]["fragment_bytes"]
+        until(lambda a=attempt, h=held: h() < 2 * 1.2 * (2 << a) * MB / 2, what="fragments of earlier sizes are kept")
+
+
+def test_a_keeper_gets_the_memory_of_parity_that_could_not_be_made_at_first(rig):
+    trainers = cluster(rig, 3, parity=1)
+    keeper = rig.client("n0")
+    keeper.ask(wire.Hello, job=JOB, role="keeper")
+    slot = trainers[2].fill(1)[0]
+    until(lambda: trainers[2].steps().get((1, 1)) == "sealed")
+    a = trainers[2].arena
+    for block in range(4):
+        a.memory[a.geometry.image_at(slot) + block * MB + 77] ^= 1
+    for t in trainers[:2]:
+        t.fill(1)
+    until(lambda: trainers[0].job()["counters"]["protect_failed"])
+    protected(trainers, 2)
+    keeper.status()
+    assert sum(isinstance(m, wire.Kept) for m in keeper.inbox) == 2
+
+
+def test_a_job_that_is_forgotten_in_the_middle_leaves_nothing(rig):
+    a, b = cluster(rig, 2, parity=1)
+    b.fill(1)
+    until(lambda: b.steps().get((1, 1)) == "sealed")
+    time.sleep(0.3)
+    os.kill(rig.daemons["n1"].pid, signal.SIGSTOP)
+    a.fill(1)
+    until(lambda: a.steps().get((1, 1)) == "committed")
+    c = rig.client("n0")
+    c.ask(wire.Forget, job=JOB)
+    a.close()
+    time.sleep(0.3)
+    c.ask(wire.Forget, job=JOB)
+    os.kill(rig.daemons["n1"].pid, signal.SIGCONT)
+    time.sleep(1.0)
+    assert c.status()["jobs"] == {} and c.status()["memory_bytes"] == 0
+
+
+def test_a_choice_in_the_middle_of_decoding_leaks_nothing(rig):
+    trainers = cluster(rig, 3, parity=1)
+    protected(trainers, 1)
+    rig.kill("n2")
+    t, other = survivors(rig, ["n0", "n1"])
+    (best, *_) = ladder_of([t, other])
+    opened = t.ask(wire.Open, **open_of(best, 2))
+    os.close(t.pipe.take_fd())
+    os.kill(rig.daemons["n1"].pid, signal.SIGSTOP)
+    t.send(wire.Ensure(id=99, image=opened.image, blocks=[(0, 3)]))
+    time.sleep(0.3)
+    t.send(wire.Chose(attempt=1, step=1, protected=(1, 1)))
+    time.sleep(0.3)
+    os.kill(rig.daemons["n1"].pid, signal.SIGCONT)
+    until(lambda: memfds(rig, "n0", "job/1/2") == 0, what="a guest's descriptor is left")
+    assert "BufferError" not in rig.log("n0")
+
+
+def test_many_who_open_at_once_share_one_guest(rig):
+    trainers = cluster(rig, 3, parity=1)
+    protected(trainers, 1)
+    rig.kill("n2")
+    again = survivors(rig, ["n0", "n1", "n3"])
+    (best, *_) = ladder_of(again)
+    clients = [rig.client("n3") for _ in range(8)]
+    for c in clients:
+        c.send(wire.Open(id=7, **open_of(best, 2)))
+    for c in clients:
+        c.get(lambda m: getattr(m, "id", 0) == 7)
+        os.close(c.pipe.take_fd())
+    until(lambda: memfds(rig, "n3", "job/1/2") == 2, what="guests that lost the race are left")  # its own, and its mapping's
+
+
+@pytest.mark.parametrize("changes", [{"parity": 3}, {"parity": 50}, {"parity": -1}, {"members": ()}, {"fragments": {9: 0}}, {"images": {}}, {"fragments": {}}])
+def test_remains_that_cannot_be_are_refused(rig, changes):
+    trainers = cluster(rig, 3, parity=1)
+    protected(trainers, 1)
+    rig.kill("n2")
+    t, other = survivors(rig, ["n0", "n1"])
+    (best, *_) = ladder_of([t, other])
+    lie = open_of(best, 2)
+    lie["remains"] = msgspec.structs.replace(lie["remains"], **changes)
+    with pytest.raises(Refusal):
+        opened = t.ask(wire.Open, **lie)
+        os.close(t.pipe.take_fd())
+        t.ask(wire.Ensure, image=opened.image, blocks=[(0, 1)])
+    assert read(t, best, 2) == image_of(1, 2, 3, 3 * MB + 2000), "and the truth is still taken"
