@@ -158,9 +158,10 @@ def admit(slot_bytes: int, wanted_slots: int, ranks_to_come: int, least: int = s
     per_slot = Geometry(slots.SLOTS_MIN, slots.round_up(slot_bytes)).stride
     allowed = min(wanted_slots, slots.SLOTS_MAX, share // per_slot)
     if allowed < least:
+        without = "; with attach(parity=0), or ckptd run --parity 0, two slots are enough" if least > slots.SLOTS_MIN else ""
         msg = (
             f"a rank needs {least} slots of {per_slot / 1e6:.0f} MB; {free.available_bytes / 1e6:.0f} MB are free "
             f"({free.limit}), {margin / 1e6:.0f} MB stay reserved, and {ranks_to_come} more ranks of this node want as much"
         )
-        raise MemoryRefused(msg, remedy="raise the memory limit, shard the state over more ranks, or run fewer ranks per node")
+        raise MemoryRefused(msg, remedy="raise the memory limit, shard the state over more ranks, or run fewer ranks per node" + without)
     return allowed

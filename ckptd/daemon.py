@@ -35,11 +35,11 @@ from typing import Any
 
 from ckptd import __version__, arena, notify, peers, protect
 from ckptd.channel import Channel, Pipe, peer_of, pidfd_of, private_directory, socket_path
-from ckptd.core import checksum, node, proof, slots, wire
+from ckptd.core import checksum, node, parity, proof, slots, wire
 from ckptd.core.ladder import Key
 from ckptd.core.manifest import build_index
 from ckptd.core.retention import Retention
-from ckptd.errors import BadArgument, CkptdError, NotFound
+from ckptd.errors import BadArgument, Bug, CkptdError, NotFound
 from ckptd.held import Arenas, Guest, make_seal, put_seal, verify_blocks
 from ckptd.storage import checkpoint, open_store
 
@@ -173,7 +173,10 @@ class Daemon:
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, self._leave.set)
         notify.notify(f"READY=1\nSTATUS=serving {path}")
-        log.info("serving %s, peers at %s, %d arenas adopted", path, self.peers.address, len(self.arenas))
+        wrong = await self._in_pool(parity.self_test)  # tens of milliseconds; training starts meanwhile
+        for what in wrong:
+            self._failed("self-test", Bug(what))
+        log.info("parity by %s; serving %s, peers at %s, %d arenas adopted", parity.KERNELS[0], path, self.peers.address, len(self.arenas))
         try:
             await self._tick_until_told()
         finally:

@@ -24,7 +24,7 @@ def test_help_and_version():
     assert (done.returncode, done.stdout) == (0, "ckptd 0.1.0\n")
 
 
-@pytest.mark.parametrize("verb", ["status", "ls", "inspect", "verify"])
+@pytest.mark.parametrize("verb", ["status", "ls", "inspect", "verify", "selftest"])
 def test_help_of_a_verb_has_an_example(verb):
     done = ckptd(verb, "--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -39,6 +39,23 @@ def test_help_of_a_verb_has_an_example(verb):
 def test_bad_usage(args):
     done = ckptd(*args)
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_selftest():
+    done = ckptd("selftest")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "computes parity" in done.stdout
+    document = json.loads(ckptd("selftest", "--json").stdout)
+    assert document["ok"] and [t["name"] for t in document["tests"]] == ["parity", "checksum", "memory", "socket"]
+
+
+def test_selftest_sees_a_wrong_kernel(monkeypatch, capsys):
+    from ckptd.cli import main
+    from ckptd.core import parity
+
+    monkeypatch.setattr(parity, "self_test", lambda: ["parity kernel 'abacus' is wrong"])
+    assert main.main(["selftest"]) == 70
+    assert "FAILED" in capsys.readouterr().out
 
 
 def test_exit_codes_by_class(tmp_path):
