@@ -210,11 +210,11 @@ def _settle(capture: Capture, work: Callable[[], list[str]]) -> None:
     try:
         try:
             torn = work()
-        except Exception:
+        except Exception:  # of the copy: costs this snapshot
             log.exception("a copy failed; its snapshot is void")
             torn = [FAILED]
         capture.finish(torn)
-    except Exception:
+    except Exception:  # of the flip or the telling: the fence must open all the same
         log.exception("a capture could not be finished")
     finally:
         capture.done.set()

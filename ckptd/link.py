@@ -120,7 +120,7 @@ class Link:
                 self._talk(pipe)
             except (EOFError, OSError, CkptdError) as e:
                 log.debug("the daemon's line broke: %s", e)
-            except Exception:
+            except Exception:  # whatever it is: a thread that ends would never connect again
                 log.exception("the line to the daemon failed")
             self.connected = False
             self._tells.clear()

@@ -298,16 +298,15 @@ class Protection:
             msg = f"image {image} was opened with another group"
             raise NotFound(msg)
         lost = {*remains.lost}
-        plan = self._plans.get(job)
-        stripes = plan.stripes if plan is not None and plan.stripes.members == remains.members else Stripes(remains.parity, remains.members)
+        plan, stripes = self._plans.get(job), Stripes(remains.parity, remains.members)
         member = next((p for p, m in enumerate(remains.members) if any(r == rank for r, _ in m.images)), -1)
         if member < 0 or not 0 < remains.parity < len(remains.members) or any(p not in range(stripes.n) for p in remains.fragments):
             msg = f"rank {rank} is not of this group, or this is no group"
             raise NotFound(msg)
-        if plan is None or plan.stripes is not stripes:
-            for position in remains.fragments:
-                await host.in_pool(partial(stripes.places_of, position))
-            self._plans[job] = Plan(stripes, -1, [], [])
+        if plan is None or plan.stripes != stripes:
+            plan = self._plans[job] = Plan(stripes, -1, [], [])
+        stripes = plan.stripes
+        await host.in_pool(lambda: [stripes.places_of(p) for p in remains.fragments])  # once; seconds, for a large node
         parity_begins = len(write_meta(meta))  # in every member's fragment: their headers differ in the position only
 
         def locate(part: Part) -> Source:
@@ -328,10 +327,13 @@ class Protection:
                 some = [b for b in blocks[first : first + DECODE_BLOCKS] if b not in guest.present]
                 extents = [checksum.extent_of(b, guest.image_bytes) for b in some]
                 tasks = [stripes.decode(member, stripes.members[member].block_of(rank, b), lost) for b in some]
-                await self._fill(job, (attempt, step), tasks, locate, lambda i, extents=extents: view[slice(*extents[i])])  # type: ignore[misc]
+                places = [view[begin:end] for begin, end in extents]
+                await self._fill(job, (attempt, step), tasks, locate, places.__getitem__)
                 what = f"decoded image of rank {rank}"
                 await host.in_pool(partial(verify_blocks, what, view[: guest.image_bytes], guest.digests, some))
                 guest.present.update(some)
+                for part in places:
+                    part.release()
 
     # --- the walk -----------------------------------------------------------------------------------------------------------
 

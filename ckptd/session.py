@@ -179,8 +179,6 @@ class _Place(msgspec.Struct, array_like=True):
     """What this attempt's daemons know each other by."""
 
 
-
-
 class Session:
     """One rank's session. Methods are for the thread that trains; `status` may be called from any."""
 
@@ -859,11 +857,6 @@ def _error_of(name: str, message: str, remedy: str) -> CkptdError:
 
     kind: type[CkptdError] = getattr(errors, name, Lost)
     return kind(message, remedy=remedy)
-
-
-
-
-
 
 
 def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's

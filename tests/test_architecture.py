@@ -279,6 +279,13 @@ def test_every_module_says_what_it_is() -> None:
     assert not [module for module, path in FILES.items() if not ast.get_docstring(tree_of(path))]
 
 
+def test_nothing_is_left_over() -> None:
+    """What merges, editors and compilers leave is no part of the package (the extension is built where the package is)."""
+    kinds = {".py", ".pyi", ".c", ".so", ".md", ".service", ".typed", ".pyc"}
+    rooms = [ROOT / "ckptd", *(ROOT / room for room in ROOMS)]
+    assert not [str(p.relative_to(ROOT)) for room in rooms for p in room.rglob("*") if p.is_file() and p.suffix not in kinds and p.name != "py.typed"]
+
+
 def test_files_are_short() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES.values()}
     over = {name: n for name, n in lengths.items() if n > LONG.get(name, (LINES_MAX, ""))[0]}

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 try:
     from ckptd.core import _parity
 except ImportError:  # built without a C compiler
-    _parity = None  # type: ignore[assignment]
+    _parity = None  # type: ignore[assignment]  # mypy takes the name for a module; KERNELS says which it is
 
 POLYNOMIAL = 0x11D
 BLOCKS_MAX = 32

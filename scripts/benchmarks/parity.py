@@ -16,6 +16,7 @@ import ctypes.util
 import importlib.util
 import mmap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def shape(k: int, m: int, total: int, rounds: int, isal: IsaL | None) -> dict[st
     cases: dict[str, Callable[[], Any]] = {"memcpy": memcpy, "read": read}
     for kernel in (k for k in KERNELS if k != NUMPY or total <= 64 << 20):
         encode, decode = Combine(rows, kernel), Combine(back, kernel)
-        cases[f"encode, {kernel}"] = lambda f=encode: f(data, made)  # type: ignore[misc]
-        cases[f"decode, {kernel}"] = lambda f=decode: f(survivors, again)  # type: ignore[misc]
+        cases[f"encode, {kernel}"] = partial(encode, data, made)
+        cases[f"decode, {kernel}"] = partial(decode, survivors, again)
     if isal is not None:
         cases["encode, ISA-L"] = isal.coder(rows, data, made)
         cases["decode, ISA-L"] = isal.coder(back, survivors, again)

@@ -3,7 +3,6 @@
     capture:rank=1,step=7,at=5     in the copier, before the 5th tensor of step 7 (copied one by one)
     seal:rank=1,step=7             right after the slot is FILLED and the daemon told
     persist:rank=1,step=7          right after the persist of step 7 was asked for
-    persisting:step=7              (rank 0) the daemon, as soon as an image file of the step appears
 """
 
 from __future__ import annotations
