@@ -33,15 +33,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckptd import __version__, arena, notify, peers, protect
+from ckptd import __version__, arena, members, notify, peers, persist, protect
 from ckptd.channel import Channel, Pipe, peer_of, pidfd_of, private_directory, socket_path
 from ckptd.core import checksum, node, parity, proof, slots, wire
 from ckptd.core.ladder import Key
-from ckptd.core.manifest import build_index
 from ckptd.core.retention import Retention
 from ckptd.errors import BadArgument, Bug, CkptdError, NotFound
 from ckptd.held import Arenas, Guest, make_seal, put_seal, verify_blocks
-from ckptd.storage import checkpoint, open_store
 
 log = logging.getLogger("ckptd.daemon")
 
@@ -67,6 +65,8 @@ class Settings:
     """Where its socket lies; see `channel.socket_path`."""
     peer_host: str = "127.0.0.1"
     """Address on which other daemons reach it."""
+    peer_port: int = 0
+    """Where it listens for them; 0: where its predecessor did, or anywhere."""
     insecure_peers: bool = False
     """Allow `peer_host` off loopback."""
     linger_s: float = 0.0
@@ -126,6 +126,7 @@ class Daemon:
         self.guests: dict[tuple[str, int, int, int], Guest] = {}
         self.tiers: dict[str, Tier] = {}
         self.protection = protect.Protection(self)
+        self.members = members.Members()
         self.written: dict[tuple[str, int, int], dict[int, bytes]] = {}
         self.verifying: dict[node.SlotRef, asyncio.Lock] = {}
         self.busy: Counter[str] = Counter()
@@ -165,7 +166,9 @@ class Daemon:
         _raise_fd_limit()
         self._adopt_handed()
         port_file = path.with_name("peer.port")
-        await self.peers.start(self.settings.peer_host, _read_port(port_file))
+        await self.peers.start(self.settings.peer_host, self.settings.peer_port or _read_port(port_file), must=self.settings.peer_port > 0)
+        self.members.start(path.parent, self.peers.address)
+        self._start(self.members.run())
         port_file.write_text(self.peers.address.rpartition(":")[2])
         listener = self._listen(path)
         loop = asyncio.get_running_loop()
@@ -288,6 +291,7 @@ class Daemon:
     def _on_close(self, channel: Channel, why: str) -> None:
         client: Client = channel.owner
         self.clients.discard(client)
+        self.members.gone(channel)
         if why:
             log.info("client %d (%s %s rank %d) left: %s", client.pid, client.role, client.job, client.rank, why)
         if client.pidfd < 0:
@@ -379,6 +383,8 @@ class Daemon:
             case wire.RestoreFailed():
                 self._failed(f"restore of job {client.job} step {message.step} from {message.source}", PeerFailedHere(message.why))
                 self._event(node.RestoreFailed(client.job, message.attempt, message.step, message.source))
+            case wire.Closed():
+                self.members.close(client.channel)
             case wire.HandBack() if fd is not None:
                 self._adopt(fd, f"handed back by process {client.pid}")
             case _:
@@ -395,16 +401,8 @@ class Daemon:
                     await self._open(client, request)
                 case wire.Ensure():
                     await self._ensure(client, request)
-                case wire.Forget():
-                    self._forget(request.job)
-                    client.channel.send(wire.Done(id=request.id))
-                case wire.Status():
-                    client.channel.send(wire.Report(id=request.id, status=self.status()))
-                case wire.Shutdown():
-                    client.channel.send(wire.Done(id=request.id))
-                    self._asked_to_leave()
                 case _:
-                    client.channel.close(f"unexpected {type(request).__name__}")
+                    self._answer_at_once(client, request)
         except CkptdError as e:
             self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", e)
             client.channel.send(wire.Refused(id=request.id, error=type(e).__name__, message=e.message, remedy=e.remedy))
@@ -417,6 +415,21 @@ class Daemon:
         except Exception as e:  # noqa: BLE001  who asked must have an answer
             self._failed(f"{type(request).__name__} of {client.job} rank {client.rank}", e)
             client.channel.send(wire.Refused(id=request.id, error="Bug", message=f"{type(e).__name__}: {e}"))
+
+    def _answer_at_once(self, client: Client, request: wire.Request) -> None:
+        match request:
+            case wire.Enter():
+                client.channel.send(wire.Entered(id=request.id, address=self.members.enter(client.channel, request)))
+            case wire.Forget():
+                self._forget(request.job)
+                client.channel.send(wire.Done(id=request.id))
+            case wire.Status():
+                client.channel.send(wire.Report(id=request.id, status=self.status()))
+            case wire.Shutdown():
+                client.channel.send(wire.Done(id=request.id))
+                self._asked_to_leave()
+            case _:
+                client.channel.close(f"unexpected {type(request).__name__}")
 
     def _asked_to_leave(self) -> None:
         """At once, unless other jobs are here."""
@@ -760,17 +773,17 @@ class Daemon:
             msg = f"job {a.job!r} has no durable tier"
             raise BadArgument(msg, remedy="give one: attach(store=...), or ckptd run --store")
         held = {rank: (self.arenas.image(ref, size), self.arenas.digests(ref)) for rank, ref, size in a.refs}
-        await self._in_store_pool(partial(_write_images, url, a.job, a.step, a.attempt, held))
+        await self._in_store_pool(partial(persist.write_images, url, a.job, a.step, a.attempt, held))
         self.written.setdefault((a.job, a.attempt, a.step), {}).update({r: d for r, (_, d) in held.items()})
         self._event(node.PartDone(a.job, a.attempt, a.step))
 
     async def _write_manifest(self, a: node.WriteManifest) -> None:
         tier = self._tier(a.job)
         digests = self.written.pop((a.job, a.attempt, a.step), {})
-        work = partial(_write_manifest, tier.url, a.job, a.step, a.attempt, a.world_size, digests, time.time())
+        work = partial(persist.write_manifest, tier.url, a.job, a.step, a.attempt, a.world_size, digests, time.time())
         tier.last = await self._in_store_pool(work)
         self._event(node.ErrandDone(a.job, a.attempt, a.step))
-        retain = self._in_store_pool(partial(_retain, tier.url, a.job, tier.retention, tier.last))
+        retain = self._in_store_pool(partial(persist.retain, tier.url, a.job, tier.retention, tier.last))
         await self._guarded(f"deleting old checkpoints of job {a.job}", retain)  # no failure of this step: it is persisted
 
     def _tier(self, job: str) -> Tier:
@@ -826,6 +839,14 @@ class Daemon:
             case _:
                 log.debug("a peer says %r", news.what)
 
+    def gathering(self, job: str) -> bytes | None:
+        """The secret of a job's rendezvous."""
+        return self.members.secret_of(job)
+
+    def beaten(self, beat: wire.PeerBeat) -> None:
+        """A node said something of a job's rendezvous."""
+        self.members.heard(beat)
+
     def greeting(self, job: str) -> list[wire.PeerNews]:
         """News to begin a connection with."""
         return [self._news(a) for a in self.node.greeting(job)]
@@ -845,6 +866,7 @@ class Daemon:
             "errors": self.error_count,
             "last_errors": [*self.errors][-5:],
             "jobs": {name: self._job_status(job) for name, job in self.node.jobs.items()},
+            "rendezvous": {name: self.members.status(name) for name in self.members.names()},
         }
 
     def _job_status(self, job: node.Job) -> dict[str, Any]:
@@ -955,33 +977,6 @@ def _read_port(path: Path) -> int:
         port = int(path.read_text()[:8])
         return port if 0 < port < 1 << 16 else 0
     return 0
-
-
-def _write_images(url: str, job: str, step: int, attempt: int, held: dict[int, tuple[memoryview, bytes]]) -> None:
-    """Pool: this node's images into the durable tier, each read back."""
-    store = open_store(url)
-    directory = checkpoint.pick_directory(store, job, step, attempt)
-    for rank, (image, digests) in held.items():
-        checkpoint.write_image(store, directory, rank, image, digests)
-
-
-def _write_manifest(
-    url: str, job: str, step: int, attempt: int, world_size: int, digests: dict[int, bytes], created_unix_s: float
-) -> str:
-    """Pool: index and manifest, from the headers as the tier gives them back. Returns the directory."""
-    store = open_store(url)
-    directory = checkpoint.pick_directory(store, job, step, attempt)
-    missing = sorted(set(range(world_size)) - set(digests))
-    if missing:
-        msg = f"no checksums of ranks {missing}"
-        raise NotFound(msg)
-    images = {rank: checkpoint.read_header(store, directory, rank) for rank in range(world_size)}
-    checkpoint.write_manifest(store, directory, build_index(images, digests), created_unix_s)
-    return directory
-
-
-def _retain(url: str, job: str, retention: Retention, newest: str) -> None:
-    checkpoint.apply_retention(open_store(url), job, retention, {newest})
 
 
 def run(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import ipaddress
 import json
 import logging
 import os
@@ -25,17 +26,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed.elastic.multiprocessing.api as elastic_processes
-from torch.distributed.elastic.agent.server.api import WorkerGroup
+from torch.distributed.elastic.agent.server.api import Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError, rendezvous_handler_registry
 from torch.distributed.launcher import api as launcher_api
 
-from ckptd import spawn
+from ckptd import elastic, spawn
 from ckptd.channel import Pipe, connect, socket_path
 from ckptd.core import wire
-from ckptd.errors import CkptdError, DaemonUnreachable
+from ckptd.errors import BadArgument, CkptdError, DaemonUnreachable
 from ckptd.storage import absolute
 from ckptd.trace import mark
 
@@ -306,7 +309,21 @@ class Agent(LocalElasticAgent):
             mark("failure seen", exits=exits, seen_t=began)
         return result
 
+    def _assign_worker_ranks(self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec) -> list[Worker]:
+        """Nodes have said how many workers they have: no store is asked, whose host may be lost by now."""
+        handler = spec.rdzv_handler
+        if not isinstance(handler, elastic.Handler):
+            found: list[Worker] = super()._assign_worker_ranks(store, group_rank, group_world_size, spec)
+            return found
+        counts = [m.workers for m in handler.roster.members]
+        first, world_size = sum(counts[:group_rank]), sum(counts)
+        return [Worker(i, first + i, first + i, world_size, world_size) for i in range(counts[group_rank])]
+
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if worker_group.state == WorkerState.HEALTHY:  # nodes came or went
+            mark("membership changed")
+            super()._restart_workers(worker_group)
+            return
         committed = self.keeper.committed_now()
         self._barren = self._barren + 1 if committed == self._committed_before else 0
         self._committed_before = committed
@@ -322,14 +339,16 @@ def run(args: argparse.Namespace) -> int:
 
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     job = _job_name(args)
-    _single_node_rendezvous(args, torchrun)
+    options = _rendezvous(args, torchrun, job)
     config, command, command_args = torchrun.config_from_args(args)
+    if config.rdzv_backend == elastic.BACKEND:
+        config.rdzv_configs |= {"workers": config.nproc_per_node, "secret_file": args.secret_file}
     settings = {
         "CKPTD_JOB": job, "CKPTD_STORE": absolute(args.store), "CKPTD_PERSIST_EVERY": args.persist_every, "CKPTD_SLOTS": args.slots,
         "CKPTD_PARITY": "" if args.parity is None else str(args.parity), "CKPTD_GROUP_SIZE": args.group_size or "", "CKPTD_KEPT": "1", "CKPTD_DIR": args.dir, "CKPTD_PRELOAD": ",".join(args.preload),
     }  # fmt: skip
     os.environ.update({k: str(v) for k, v in settings.items() if v})
-    options = ["--peer-host", args.peer_host, *["--insecure-peers"] * args.insecure_peers] if args.peer_host else []
+    rendezvous_handler_registry.register(elastic.BACKEND, elastic.handler)
     keeper = Keeper(job, args.dir, args.linger_s, options)
     keeper.start()
     standbys = Standbys(config.nproc_per_node if args.standby is None else args.standby)
@@ -346,6 +365,11 @@ def run(args: argparse.Namespace) -> int:
         return _status_of(e)
     except elastic_processes.SignalException as e:
         return 128 + int(e.sigval)
+    except RendezvousClosedError:
+        log.error("the job is over: other nodes ended it, or finished it")  # noqa: TRY400  nobody needs the traceback
+        return 1
+    except RendezvousTimeoutError as e:
+        raise DaemonUnreachable(str(e), remedy="more than half of the nodes of the last epoch must come (half, if its first is among them); then nodes may be fewer or more") from e
     finally:
         standbys.close()
         keeper.stop(forget=finished and not args.keep)
@@ -357,14 +381,47 @@ def _job_name(args: argparse.Namespace) -> str:
     return str(name)
 
 
-def _single_node_rendezvous(args: argparse.Namespace, torchrun: Any) -> None:
-    """What torchrun's own `run` does for one node: a c10d store in this process, on a free port."""
+def _rendezvous(args: argparse.Namespace, torchrun: Any, job: str) -> list[str]:
+    """Where nodes meet; returns the daemon's options.
+
+    One node: as torchrun's own `run`, a c10d store in this process, on a free port. Several: by the daemons, unless another backend was asked for.
+    """
     _, max_nodes = torchrun.parse_min_max_nnodes(args.nnodes)
+    options = ["--peer-host", args.peer_host] if args.peer_host else []
+    if args.rdzv_backend == elastic.BACKEND or (args.rdzv_backend == "static" and args.rdzv_endpoint and max_nodes > 1 and not args.standalone):
+        args.rdzv_backend = elastic.BACKEND
+        if not args.rdzv_endpoint:
+            msg = "--rdzv-backend ckptd needs --rdzv-endpoint"
+            raise BadArgument(msg, remedy="give HOST:PORT of one or more nodes, the same on all nodes")
+        args.rdzv_id = job
+        seeds = elastic.seeds_of(args.rdzv_endpoint)
+        args.local_addr = args.local_addr or args.peer_host or elastic.address_towards(seeds)
+        mine = next((s for s in seeds if s.rpartition(":")[0] == args.local_addr), "")
+        options = ["--peer-host", args.peer_host or args.local_addr, *(["--peer-port", mine.rpartition(":")[2]] if mine else [])]
+        if not ipaddress.ip_address(args.local_addr).is_loopback and not args.secret_file:
+            msg = f"nodes at {args.local_addr} need a secret by which they know each other"
+            raise BadArgument(msg, remedy="head -c 32 /dev/urandom | base64 > FILE; chmod 600 FILE; copy it to all nodes; --secret-file FILE")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(args.local_addr))
+    if args.insecure_peers:
+        options.append("--insecure-peers")
     if args.standalone or (args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None and max_nodes == 1):
         args.rdzv_backend, args.rdzv_endpoint = "c10d", "localhost:0"
         args.rdzv_id = f"{_job_name(args)}-{os.getpid()}"
     if args.master_port is None:
         args.master_port = 29500
+    return options
+
+
+def _interface(address: str) -> str:
+    """The network interface that has an address: gloo would take the one that the host's name resolves to."""
+    if ipaddress.ip_address(address).is_loopback:
+        return "lo"
+    found = (name for name, addresses in psutil.net_if_addrs().items() if any(a.address == address for a in addresses))
+    name = next(found, None)
+    if name is None:
+        msg = f"no interface of this node has the address {address}"
+        raise BadArgument(msg, remedy="give one with --local-addr")
+    return name
 
 
 def _status_of(error: ChildFailedError) -> int:
@@ -391,6 +448,7 @@ def parser() -> argparse.ArgumentParser:
     ours.add_argument("--peer-host", default="", metavar="ADDRESS", help="this node's address for other nodes' daemons, if the daemon is started here (default: loopback)")
     ours.add_argument("--parity", type=int, metavar="M", help="nodes of a group that may be lost at once, 0 to 4 (default 1)")
     ours.add_argument("--group-size", type=int, metavar="N", help="nodes that protect each other (default 8)")
+    ours.add_argument("--secret-file", default=os.environ.get("CKPTD_SECRET_FILE"), metavar="FILE", help="the job's secret, the same on all nodes (0600): needed where nodes meet off loopback")
     ours.add_argument("--insecure-peers", action="store_true", help="allow --peer-host off loopback: peers are authenticated, but nothing is encrypted")
     ours.add_argument("--keep", action="store_true", help="keep the job's snapshots in memory after it has finished")
     ours.add_argument("--standby", type=int, metavar="N", help="processes that have imported torch, waiting to replace workers (default: one per worker; 0: none)")

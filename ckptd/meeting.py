@@ -115,7 +115,9 @@ def meeting_of(group: Any = None) -> Meeting:
     if dist.get_world_size(group) == 1:
         return Alone()
     store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  the group's store has no public name
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # A store that outlives the ranks is told apart by restart. One of their own is new each time, and nodes that joined late count otherwise.
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared else "0"
     members = ",".join(map(str, dist.get_process_group_ranks(group)))
     number = next(_meetings.setdefault(members, itertools.count()))
     name = f"ckptd/{restart}/{xxhash.xxh3_64_hexdigest(members.encode())}/{number}"

@@ -17,7 +17,7 @@ import contextlib
 import ipaddress
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +61,12 @@ class Local(Protocol):
     def greeting(self, job: str) -> list[wire.PeerNews]:
         """News to begin a connection with."""
 
+    def gathering(self, job: str) -> bytes | None:
+        """The secret of the job's rendezvous, if this node takes part in one."""
+
+    def beaten(self, beat: wire.PeerBeat) -> None:
+        """A beat came."""
+
 
 
 def check_bind(host: str, *, insecure: bool) -> None:
@@ -90,11 +96,14 @@ class Peers:
         """Connections that did not prove themselves."""
         self.address = ""
 
-    async def start(self, host: str, port: int = 0) -> None:
-        """Listen, on the predecessor's `port` if it is free."""
+    async def start(self, host: str, port: int = 0, *, must: bool = False) -> None:
+        """Listen, on the predecessor's `port` if it is free; on no other if we `must`. Raises BadArgument."""
         try:
             self._server = await asyncio.start_server(self._serve, host, port, limit=READ_AHEAD_BYTES)
-        except (OSError, OverflowError):
+        except (OSError, OverflowError) as e:
+            if must:
+                msg = f"--peer-port {port}: {host} cannot listen there: {e}"
+                raise BadArgument(msg) from e
             self._server = await asyncio.start_server(self._serve, host, 0, limit=READ_AHEAD_BYTES)
         name = self._server.sockets[0].getsockname()
         self.address = f"{name[0]}:{name[1]}"
@@ -197,6 +206,8 @@ class Peers:
                 yield await peer.receive_bytes(answer.bytes)
 
     def _secret_of(self, job: str, attempt: int) -> bytes | None:
+        if attempt == transport.RENDEZVOUS:
+            return self._local.gathering(job)
         known = self._secrets.get(job)
         return known[1] or None if known is not None and known[0] == attempt else None
 
@@ -216,6 +227,9 @@ class Peers:
 
     async def _heed(self, peer: Connection, message: Any) -> bool:
         """Do what a message asks for; False where the connection is to end: for another job, for an attempt that is over, or for nothing we know."""
+        if peer.attempt == transport.RENDEZVOUS and isinstance(message, wire.PeerBeat) and message.job == peer.job:
+            self._local.beaten(message)
+            return True
         if getattr(message, "job", None) != peer.job or peer.attempt != self._secrets.get(peer.job, (-1, b""))[0]:
             return False
         match message:
@@ -281,26 +295,13 @@ class _Link:
             try:
                 async with self._peers.dial(self.address, self.job) as peer:
                     pause_s, self.connected = RETRY_S[0], True
-                    await self._until_gone(peer, self._talk(peer))
+                    await transport.until_gone(peer, self._talk(peer))  # its successor wants the greeting at once
             except (OSError, PeerFailed, NotFound, TimeoutError, ValueError) as e:  # ValueError: an address that is none
                 log.debug("peer %s: %s", self.address, e)
             finally:
                 self.connected = False
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, RETRY_S[1])
-
-    @staticmethod
-    async def _until_gone(peer: Connection, talk: Coroutine[Any, Any, None]) -> None:
-        """A peer says nothing on this line; it ends when the peer's daemon does, and its successor wants the greeting at once."""
-        tasks = {asyncio.ensure_future(peer.gone()), asyncio.create_task(talk)}
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _talk(self, peer: Connection) -> None:
         local = self._peers._local  # noqa: SLF001  a link is a part of Peers

@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 from ckptd.core import proof, wire
 from ckptd.core.proof import DIALS, LISTENS, Tagger
 from ckptd.errors import PeerFailed
 
+RENDEZVOUS = 0
+"""The "attempt" of connections in which nodes find each other: real ones begin at 1."""
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 10.0
 """For one message or one megabyte: slower than 100 kB/s is dead for our purposes."""
@@ -71,6 +74,19 @@ class Connection:
     async def gone(self) -> None:
         """Wait until the peer hangs up (or says something, where it should not)."""
         await self._reader.read(1)
+
+
+async def until_gone(peer: Connection, talk: Coroutine[Any, Any, None]) -> None:
+    """Talk on a line on which the peer says nothing; it ends when the peer's daemon does."""
+    tasks = {asyncio.ensure_future(peer.gone()), asyncio.create_task(talk)}
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager

@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "arena",
         "storage",
         "monitor",
-        "channel notify trace transport peers held protect capture state binding meeting link spawn restore wanted",
+        "channel notify trace transport peers members persist held protect elastic capture state binding meeting link spawn restore wanted",
         "session launch standby",
         "daemon convert",
         "cli",
@@ -48,7 +48,7 @@ IMPURE = frozenset(
 """What core may not import: clocks, sockets, threads, files, processes, chance, devices; and whatever would bring them in by the back door."""
 IMPURE_CALLS = frozenset({"open", "print", "input"})
 
-TORCH = frozenset(f"ckptd.{name}" for name in "state binding capture restore wanted session meeting launch standby integrations".split())
+TORCH = frozenset(f"ckptd.{name}" for name in "state binding capture restore wanted session meeting elastic launch standby integrations".split())
 """Modules that may import torch. Everything else runs in the daemon or on a command line, which start without it."""
 
 UNSAFE_MODULES = frozenset({"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"})

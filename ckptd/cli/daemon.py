@@ -16,6 +16,7 @@ def add_parser(verbs: Any) -> None:
     )
     p.add_argument("--dir", metavar="DIR", help="directory of its socket (0700); default: $CKPTD_DIR, $RUNTIME_DIRECTORY, or the user's runtime directory")
     p.add_argument("--peer-host", default="127.0.0.1", metavar="ADDRESS", help="address for other nodes' daemons (default %(default)s)")
+    p.add_argument("--peer-port", type=int, default=0, metavar="PORT", help="where to listen for them (default: where the last daemon here did, or any free port)")
     p.add_argument("--insecure-peers", action="store_true", help="allow --peer-host off loopback: peers are authenticated, but nothing is encrypted")
     p.add_argument("--linger-s", type=float, default=0.0, metavar="S", help="leave after S seconds without a client (default: never)")
     p.add_argument("--threads", type=int, default=2, metavar="N", help="threads for checksums and writing (default %(default)s)")
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         daemon.Settings(
             directory=args.dir,
             peer_host=args.peer_host,
+            peer_port=args.peer_port,
             insecure_peers=args.insecure_peers,
             linger_s=args.linger_s,
             threads=args.threads,

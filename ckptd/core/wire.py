@@ -16,9 +16,10 @@ from typing import Any
 import msgspec
 
 from ckptd.core.ladder import Holding, Key, Remains
+from ckptd.core.rendezvous import Beat, Roster, Wish
 from ckptd.errors import PeerFailed
 
-PROTOCOL = 2
+PROTOCOL = 3
 MESSAGE_BYTES_MAX = 16 << 20
 """The longest message holds the checksums of an image: 16 MiB are those of one TiB."""
 
@@ -41,7 +42,7 @@ class Hello(Request, frozen=True, kw_only=True):
 
     job: str = ""
     role: str = "rank"
-    """"rank", "keeper" (launcher: is given every arena of the job) or "cli"."""
+    """"rank", "keeper" (launcher: is given every arena of the job), "agent" (launcher: takes part in the rendezvous) or "cli"."""
     rank: int = -1
     protocol: int = PROTOCOL
 
@@ -125,6 +126,25 @@ class Ensure(Request, frozen=True, kw_only=True):
     image: str
     blocks: list[tuple[int, int]]
     """[first, last) block numbers."""
+
+
+class Enter(Request, frozen=True, kw_only=True):
+    """A launcher (role "agent") wants its node to be of the job's next roster; or says that it runs in one. Answer: Entered, later Gathered."""
+
+    job: str
+    wish: Wish
+    secret: bytes
+    """What daemons of the job know each other by, before there is an attempt."""
+    running: int = 0
+    """The epoch that it runs in: said to a daemon that came back."""
+
+
+class Entered(Message, frozen=True, kw_only=True):
+    """Heard."""
+
+    id: int
+    address: str
+    """Where other nodes reach this one's daemon."""
 
 
 class Forget(Request, frozen=True, kw_only=True):
@@ -220,6 +240,23 @@ class Dropped(Message, frozen=True, kw_only=True):
     arena: str
 
 
+class Gathered(Message, frozen=True, kw_only=True):
+    """To an agent: the roster that it waited for, and its place in it."""
+
+    roster: Roster
+    position: int
+
+
+class Regroup(Message, frozen=True, kw_only=True):
+    """To an agent that runs: why it should stop its workers and enter; "" takes that back."""
+
+    why: str
+
+
+class Closed(Message, frozen=True, kw_only=True):
+    """To an agent: the job is over. From one: so it is, for all nodes."""
+
+
 class Reached(Message, frozen=True, kw_only=True):
     """A snapshot reached a state: "committed", "protected", "persisted", "skipped", "persist failed: ..."."""
 
@@ -267,6 +304,13 @@ class PeerNews(Message, frozen=True, kw_only=True):
     errand: str = ""
     after: Key | None = None
     digests: dict[int, bytes] = {}
+
+
+class PeerBeat(Message, frozen=True, kw_only=True):
+    """What a node has to say about who runs the job: core/rendezvous.py. Travels in connections of attempt 0."""
+
+    job: str
+    beat: Beat
 
 
 class Describe(Message, frozen=True, kw_only=True):
@@ -317,10 +361,10 @@ class Blocks(Message, frozen=True, kw_only=True):
 
 
 LOCAL = (
-    Hello | Welcome | Join | Granted | Open | Opened | Ensure | Forget | Status | Report | Shutdown | Done | Refused
+    Hello | Welcome | Join | Granted | Open | Opened | Ensure | Enter | Entered | Gathered | Regroup | Closed | Forget | Status | Report | Shutdown | Done | Refused
     | Filled | Skipped | Persist | Chose | RestoreFailed | HandBack | Kept | Dropped | Reached
 )  # fmt: skip
-REMOTE = Knock | Prove | PeerHello | PeerNews | Describe | Described | List | Listed | Fetch | Blocks | Refused
+REMOTE = Knock | Prove | PeerHello | PeerNews | PeerBeat | Describe | Described | List | Listed | Fetch | Blocks | Refused
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS = {"local": msgspec.msgpack.Decoder(LOCAL), "remote": msgspec.msgpack.Decoder(REMOTE)}
