@@ -20,6 +20,7 @@ import select
 import socket
 import stat
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,11 @@ def handler(params: RendezvousParameters) -> Handler:
     )
     secret = secret_from(params.get("secret_file") or os.environ.get("CKPTD_SECRET_FILE"), job)
     return Handler(job, wish, secret, directory=os.environ.get("CKPTD_DIR"), join_timeout_s=float(params.get("join_timeout", JOIN_TIMEOUT_S)))
+
+
+def plugin() -> Callable[[RendezvousParameters], Handler]:
+    """The entry point: torch elastic calls what this returns."""
+    return handler
 
 
 def _free_port() -> int:

@@ -47,7 +47,7 @@ from ckptd.channel import socket_path
 from ckptd.core import groups, proof, slots, wire
 from ckptd.core.boxes import Box
 from ckptd.core.image import Layout, Piece
-from ckptd.core.ladder import Durable, Holding, Key, Rung, guarded, rungs
+from ckptd.core.ladder import Durable, Holding, Key, Rung, guarded, lost, rungs
 from ckptd.core.plan import LeafDecl, mesh_digest, plan_capture
 from ckptd.errors import (
     BadArgument,
@@ -303,12 +303,16 @@ class Session:
         first = {d: next(a for a in arrivals if a.daemon == d) for d in daemons}
         held = {} if no_daemon else {i: first[d].holdings for i, d in enumerate(daemons)}
         ladder = rungs(held, durable, failed)
+        broken = arrivals[0].broken + [
+            f"step {step} was committed (attempt {attempt}), and more nodes were lost since than parity makes up for: images of ranks {ranks} are gone"
+            for (attempt, step), ranks in lost(held)
+        ]
         secret = secrets.token_bytes(proof.SECRET_BYTES)
         return [
             msgspec.msgpack.encode(
                 _Place(
                     max(known) + 1, no_daemon, daemons.index(a.daemon), sum(b.daemon == a.daemon for b in arrivals),
-                    [first[d].address for d in daemons], ladder, arrivals[0].broken, [first[d].labels for d in daemons], guarded(held), secret,
+                    [first[d].address for d in daemons], ladder, broken, [first[d].labels for d in daemons], guarded(held), secret,
                 )
             )
             for a in arrivals

@@ -149,11 +149,9 @@ def guarded(held: Mapping[int, Iterable[Holding]]) -> Key | None:
     return max(found, default=None)
 
 
-def incomplete(held: Mapping[int, Iterable[Holding]]) -> list[tuple[int, int, list[int]]]:
-    """(attempt, step, missing ranks) of the snapshots in memory that lack images, newest first: for error texts."""
-    images: dict[tuple[int, int, int], set[int]] = {}
-    for holdings in held.values():
-        for h in holdings:
-            images.setdefault((h.attempt, h.step, h.world_size), set()).update(h.ranks)
-    lacking = [(a, s, sorted(set(range(w)) - have)) for (a, s, w), have in images.items() if have != set(range(w))]
-    return sorted(lacking, reverse=True)
+def lost(held: Mapping[int, Iterable[Holding]]) -> list[tuple[Key, list[int]]]:
+    """Snapshots that a restart was promised, and that cannot be had from memory any more: which, and whose images are neither held nor decodable; newest first."""
+    images, groups = _gathered(held)
+    promised = {(h.attempt, h.step, h.world_size) for holdings in held.values() for h in holdings if h.state == "committed"}
+    gone = [key for key in promised if _rung(key, images.get(key, {}), groups.get(key, {})) is None]
+    return sorted((((a, s), sorted({*range(w)} - {*images.get((a, s, w), {})})) for a, s, w in gone), reverse=True)

@@ -36,6 +36,8 @@ RETRY_S = 0.5
 """A proposal that is not through by then is made again, under a higher ballot; times 1 + the proposer's place, lest two duel for ever."""
 GROW_S = 1.0
 """A newcomer has waited for this long before running members make room for it: so several come in at once."""
+SLEPT_S = 1.0
+"""A daemon that let no time pass for so long was stopped, or starved."""
 NUMBERS = 1 << 32
 """More beats than a daemon sends in its life: so many numbers ahead begins its successor."""
 FORGET_S = 60.0
@@ -215,6 +217,7 @@ class Rendezvous:
     _proposed_s: float = 0.0
     _round: int = 0
     _adopted_s: float = 0.0
+    _entered_s: float = 0.0
     _ready_s: float | None = None
     _ticked_s: float | None = None
     _beaten_s: float = float("-inf")
@@ -243,7 +246,7 @@ class Rendezvous:
             self.phase, self.running = RUNNING, running
         else:
             self.me = Member(self.me.address, self.me.life, self.me.entry + 1, wish.workers, wish.host, wish.agent_port, wish.worker_port)
-            self.phase = WAITING
+            self.phase, self._entered_s = WAITING, now_s
         return self._go(now_s, beat=True)
 
     def leave(self, now_s: float) -> list[Action]:
@@ -259,6 +262,7 @@ class Rendezvous:
 
     def heard(self, beat: Beat, now_s: float) -> list[Action]:
         """A beat came in."""
+        self._wake(now_s)
         if beat.me.life == self.me.life or not beat.me.life:
             return []
         known = self.others.get(beat.me.life)
@@ -291,17 +295,22 @@ class Rendezvous:
         return []
 
     def tick(self, now_s: float) -> list[Action]:
-        """Time passed. Who slept must not judge others for it."""
-        if self._ticked_s is not None and (slept_s := now_s - self._ticked_s - 4 * BEAT_S) > 0:
-            for other in self.others.values():
-                other.heard_s += slept_s
-            self._refused_s.clear()
+        """Time passed: less than BEAT_S since the last tick, unless this daemon slept."""
+        self._wake(now_s)
         self._ticked_s = now_s
         return self._go(now_s, beat=False)
 
     def is_idle(self, now_s: float) -> bool:
         """Whether this may be forgotten."""
         return self.phase == AWAY and (self.closed or now_s - self._heard_s > FORGET_S)
+
+    def _wake(self, now_s: float) -> None:
+        """Who slept must not judge others for it."""
+        if self._ticked_s is not None and (slept_s := now_s - self._ticked_s - SLEPT_S) > 0:
+            for other in self.others.values():
+                other.heard_s += slept_s
+            self._refused_s.clear()
+            self._ticked_s = now_s - SLEPT_S
 
     # --- what follows -----------------------------------------------------------------------------------------------------------
 
@@ -380,7 +389,7 @@ class Rendezvous:
         if self.phase == JOINED:
             if not self._is_broken(now_s):
                 return
-            self.phase = WAITING
+            self.phase, self._entered_s = WAITING, now_s
         place = self.roster.elector(self.me)
         if place is None or not self._is_ready(place, now_s):
             self._proposal = None
@@ -429,7 +438,8 @@ class Rendezvous:
 
     def _waiting_since(self, now_s: float) -> float:
         """Since when all is done that can be: the last of those that wait began to."""
-        return max([o.waits_since_s for o in self.others.values() if o.waits_since_s is not None and self._is_heard(o, now_s)], default=self._adopted_s)
+        others = [o.waits_since_s for o in self.others.values() if o.waits_since_s is not None and self._is_heard(o, now_s)]
+        return max(self._entered_s, *others) if others else self._entered_s
 
     def _candidates(self, now_s: float) -> tuple[Member, ...]:
         """Those that wait and hear each other: members of the last roster first, newcomers by address."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.core.ladder import Durable, Holding, Rung, incomplete, rungs
+from ckptd.core.ladder import Durable, Holding, Rung, lost, rungs
 
 
 def held(attempt, step, ranks, world=2, state="sealed"):
@@ -29,7 +29,9 @@ def test_attempts_come_before_steps_and_memory_before_storage():
 def test_a_step_without_all_images_is_not_offered_but_named():
     nodes = {0: [held(1, 7, [0], world=4), held(1, 6, [0, 1], world=4)], 1: [held(1, 7, [3], world=4), held(1, 6, [2, 3], world=4)]}
     assert keys(rungs(nodes, [])) == [(1, 6, "memory")]
-    assert incomplete(nodes) == [(1, 7, [1, 2])]
+    assert lost(nodes) == [], "it was never promised to anybody"
+    nodes[1][0] = held(1, 7, [3], world=4, state="committed")
+    assert lost(nodes) == [((1, 7), [1, 2])], "a restart was promised this one: its loss is not silent"
 
 
 def test_too_many_images_are_no_complete_snapshot():
@@ -54,14 +56,14 @@ def test_failed_steps_come_last_and_from_that_source_only():
 
 def test_nothing_anywhere():
     assert rungs({}, []) == []
-    assert incomplete({}) == []
+    assert lost({}) == []
     assert Rung(1, 1, 1).source == "memory"
 
 
 @given(
     st.dictionaries(
         st.integers(0, 3),
-        st.lists(st.builds(held, st.integers(0, 3), st.integers(0, 5), st.sets(st.integers(0, 3)).map(sorted), st.integers(1, 4)), max_size=5),
+        st.lists(st.builds(held, st.integers(0, 3), st.integers(0, 5), st.sets(st.integers(0, 3)).map(sorted), st.integers(1, 4), st.just("committed")), max_size=5),
     ),
     st.lists(st.builds(Durable, st.integers(0, 3), st.integers(0, 5), st.integers(1, 4), st.sampled_from("ab")), max_size=4),
     st.sets(st.tuples(st.integers(0, 3), st.integers(0, 5), st.sampled_from(["memory", "a", "b"]))),
@@ -72,7 +74,7 @@ def test_any_cluster(nodes, durable, failed):
     assert bad == sorted(bad), "what failed comes after everything else"
     for part in ([r for r, b in zip(found, bad, strict=True) if b is which] for which in (False, True)):
         assert [r.key for r in part] == sorted((r.key for r in part), reverse=True)
-    lacking = {(a, s) for a, s, _ in incomplete(nodes)}
+    lacking = {key for key, _ in lost(nodes)}
     for r in found:
         if not r.directory:
             assert set(r.nodes) == set(range(r.world_size))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from ckptd.core.rendezvous import (
+    LATE_S,
     RUNNING,
     Beat,
     Closed,
@@ -287,6 +288,100 @@ def simulate(seed: int, kind: type[Rendezvous] = Rendezvous) -> World:
     except Broken as e:
         raise Broken(f"seed {seed}: {e}\n" + "\n".join(map(str, world.trace))) from None
     return world
+
+
+def healthy(nodes: int, least: int = 1) -> World:
+    """A world in which nothing goes wrong by itself, that has gathered."""
+    world = World(1, nodes)
+    for m in world.nodes.values():
+        m.wish = Wish(seeds=("n0:1",), nodes_min=least, nodes_max=nodes, last_call_s=5.0)
+    world.run(10.0)
+    assert world.settled() and [*world.rosters] == [1], "the first roster is everybody"
+    return world
+
+
+@pytest.mark.parametrize("after_s", [1.0, 100.0])
+def test_those_that_run_are_waited_for_however_long_the_epoch_was(after_s):
+    """Found by a real job: a node that entered first, half a minute into an epoch, left all others behind, who were well."""
+    world = healthy(5)
+    world.run(world.now_s + after_s)
+    first = world.nodes["n3:1"]
+    first.agent = "stopping"
+    world.on_enter(first, None)
+    world.run(world.now_s + 5.0)
+    assert world.settled() and [len(r.members) for r in world.rosters.values()] == [5, 5]
+
+
+def test_a_member_whose_launcher_never_comes_is_left_behind_after_a_while():
+    world = healthy(3)
+    stuck = world.nodes["n1:1"]
+    stuck.agent = "deaf"
+    first = world.nodes["n0:1"]
+    first.agent = "stopping"
+    world.on_enter(first, None)
+    world.run(world.now_s + LATE_S - 1.0)
+    assert len(world.rosters) == 1
+    world.run(world.now_s + 5.0)
+    assert [m.address for m in world.rosters[2].members] == ["n0:1", "n2:1"]
+
+
+@pytest.mark.parametrize(("lost", "goes_on"), [(["n1:1"], True), (["n0:1"], False), (["n0:1", "n1:1"], False)])
+def test_half_of_the_nodes_go_on_with_the_first_among_them(lost, goes_on):
+    world = healthy(2)
+    for name in lost:
+        world.nodes[name].daemon, world.nodes[name].agent = None, "dead"
+    world.run(world.now_s + 30.0)
+    assert (len(world.rosters) == 2) == goes_on
+
+
+def test_fewer_than_asked_for_wait_and_go_on_when_one_comes():
+    world = healthy(4, least=3)
+    for name in ("n0:1", "n1:1"):
+        world.nodes[name].daemon, world.nodes[name].agent = None, "dead"
+    world.run(world.now_s + 20.0)
+    assert len(world.rosters) == 1, "two of four, without the first: no majority, and too few"
+    world.later(0.0, "boot", "n1:1")
+    world.later(1.0, "enter", "n1:1")
+    world.run(world.now_s + 10.0)
+    assert len(world.rosters[2].members) == 3
+
+
+def test_a_node_too_many_waits_as_a_spare_and_takes_the_place_of_one_that_is_lost():
+    world = World(1, 4)
+    for m in world.nodes.values():
+        m.wish = Wish(seeds=("n0:1",), nodes_min=3, nodes_max=3, last_call_s=1.0)
+    world.run(30.0)
+    (spare,) = [m for m in world.nodes.values() if m.agent == "waiting"]
+    assert [*world.rosters] == [1], "a spare disturbs nobody"
+    lost = next(m for m in world.nodes.values() if m is not spare and m.address != "n0:1")
+    lost.daemon, lost.agent = None, "dead"
+    world.run(world.now_s + 10.0)
+    assert spare.agent == "running" and len(world.rosters[2].members) == 3
+
+
+def test_losing_one_daemon_for_a_second_disturbs_nobody():
+    world = healthy(3)
+    world.nodes["n0:1"].daemon = None
+    world.later(1.0, "boot", "n0:1")
+    world.run(world.now_s + 20.0)
+    assert [*world.rosters] == [1]
+
+
+def test_a_machine_that_slept_blames_nobody():
+    """All processes of all nodes stood still (a suspended host): nobody is lost."""
+    world = healthy(3)
+    for m in world.nodes.values():
+        m.paused_until_s = world.now_s + 60.0
+    world.run(world.now_s + 80.0)
+    assert [*world.rosters] == [1]
+
+
+def test_the_job_is_over_for_all_when_one_says_so():
+    world = healthy(3)
+    m = world.nodes["n2:1"]
+    world.perform(m, m.daemon.close(world.now_s))
+    world.run(world.now_s + 1.0)
+    assert all(m.agent == "dead" for m in world.nodes.values())
 
 
 @pytest.mark.parametrize("part", range(4))
