@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import logging
 import os
 import select
@@ -22,7 +23,6 @@ import stat
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed re-exports them, but not for type checkers
@@ -47,7 +47,7 @@ log = logging.getLogger("ckptd.elastic")
 BACKEND = "ckptd"
 PORT = 7070
 """Of a seed's daemon, where the endpoint gives none."""
-SECRET_BYTES_MIN = 16
+SECRET_BYTES_MIN, SECRET_BYTES_MAX = 16, 65536
 JOIN_TIMEOUT_S = 600.0
 LAST_CALL_S = 5.0
 STORE_TIMEOUT_S = 30.0
@@ -218,6 +218,9 @@ def seeds_of(endpoint: str) -> tuple[str, ...]:
         if not colon:
             host, port = port, str(PORT)
         try:
+            if not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+                msg = f"{port!r} is no port"
+                raise ValueError(msg)
             address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][4]
         except (OSError, ValueError, OverflowError) as e:
             msg = f"--rdzv-endpoint {part}: {e}"
@@ -240,12 +243,13 @@ def secret_from(file: str | None, job: str) -> bytes:
     """The job's secret: from a file that is ours alone; without one, something that only keeps jobs apart. Raises BadArgument."""
     if not file:
         return hashlib.blake2b(job.encode(), digest_size=32, person=b"ckptd no secret").digest()
-    path = Path(file)
     try:
-        info = path.stat()
-        text = path.read_bytes()
-    except OSError as e:
-        msg = f"--secret-file {file}: {e.strerror or e}"
+        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # what was opened is looked at before it is read: a pipe would hang
+        with os.fdopen(fd, "rb") as f:
+            info = os.fstat(fd)
+            text = f.read(SECRET_BYTES_MAX) if stat.S_ISREG(info.st_mode) else b""
+    except (OSError, ValueError) as e:
+        msg = f"--secret-file {file}: {e}"
         raise BadArgument(msg) from e
     if not stat.S_ISREG(info.st_mode) or info.st_uid not in {os.getuid(), 0} or info.st_mode & 0o077:
         msg = f"--secret-file {file}: it must be ours and nobody else's (0600)"
@@ -254,6 +258,15 @@ def secret_from(file: str | None, job: str) -> bytes:
         msg = f"--secret-file {file}: {len(text.strip())} bytes are no secret"
         raise BadArgument(msg, remedy=f"head -c 32 /dev/urandom | base64 > {file}, and copy it to all nodes")
     return hashlib.blake2b(text.strip(), digest_size=32, key=job.encode()[:64], person=b"ckptd secret").digest()
+
+
+def check_secret(host: str, file: str | None) -> None:
+    """Raise BadArgument for nodes that meet off loopback without a secret."""
+    with contextlib.suppress(ValueError):
+        if file or ipaddress.ip_address(host).is_loopback:
+            return
+    msg = f"nodes at {host} need a secret by which they know each other"
+    raise BadArgument(msg, remedy="head -c 32 /dev/urandom | base64 > FILE; chmod 600 FILE; copy it to all nodes; --secret-file FILE, or CKPTD_SECRET_FILE")
 
 
 def handler(params: RendezvousParameters) -> Handler:
@@ -268,7 +281,9 @@ def handler(params: RendezvousParameters) -> Handler:
         workers=int(params.get("workers", 1)),
         host=params.local_addr or address_towards(seeds),
     )
-    secret = secret_from(params.get("secret_file") or os.environ.get("CKPTD_SECRET_FILE"), job)
+    file = params.get("secret_file") or os.environ.get("CKPTD_SECRET_FILE")
+    check_secret(wish.host, file)
+    secret = secret_from(file, job)
     return Handler(job, wish, secret, directory=os.environ.get("CKPTD_DIR"), join_timeout_s=float(params.get("join_timeout", JOIN_TIMEOUT_S)))
 
 

@@ -398,9 +398,7 @@ def _rendezvous(args: argparse.Namespace, torchrun: Any, job: str) -> list[str]:
         args.local_addr = args.local_addr or args.peer_host or elastic.address_towards(seeds)
         mine = next((s for s in seeds if s.rpartition(":")[0] == args.local_addr), "")
         options = ["--peer-host", args.peer_host or args.local_addr, *(["--peer-port", mine.rpartition(":")[2]] if mine else [])]
-        if not ipaddress.ip_address(args.local_addr).is_loopback and not args.secret_file:
-            msg = f"nodes at {args.local_addr} need a secret by which they know each other"
-            raise BadArgument(msg, remedy="head -c 32 /dev/urandom | base64 > FILE; chmod 600 FILE; copy it to all nodes; --secret-file FILE")
+        elastic.check_secret(args.local_addr, args.secret_file)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(args.local_addr))
     if args.insecure_peers:
         options.append("--insecure-peers")

@@ -7,7 +7,9 @@ Theory of operation. Daemons send each other beats, which hold all that the send
 late does no harm. A roster is chosen by single-decree Paxos per epoch (Lamport, "Paxos Made Simple", 2001), whose acceptors, the *electors*, are the
 members of the last roster: a majority of them, or half of them with the first. So two halves of a split network never both go on, and a coordinator may
 die at any moment. Epoch 0's electors are the seeds: the addresses that every node was told to begin with. Votes are kept on disk (`Save` comes before the beats
-that show it): a daemon that comes back is the same elector; one that lost its memory has another `life` and is none.
+that show it): a daemon that comes back is the same elector; one that lost its memory has another `life` and is none. (The seeds of epoch 0 have no life yet: a majority
+of them that rebooted could begin the job a second time, if the others are out of their reach. Where fewer than half of the nodes may not begin one - MIN more than
+half of MAX - that is impossible.)
 
 The first elector that waits proposes, as soon as every elector waits too or is gone: those that wait and hear each other, in the last roster's order, newcomers after
 them. A roster is told to agents when all its members were heard to have it; if one is gone by then, the next epoch begins at once.
@@ -22,8 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
+
+from ckptd.errors import BadArgument
 
 BEAT_S = 0.25
 LOST_S = 4.0
@@ -40,13 +46,28 @@ SLEPT_S = 1.0
 """A daemon that let no time pass for so long was stopped, or starved."""
 NUMBERS = 1 << 32
 """More beats than a daemon sends in its life: so many numbers ahead begins its successor."""
+UNHEARD_MAX = 256
+"""Addresses that others named, and where nobody was heard yet, that are tried at a time."""
+UNHEARD_S = 10.0
+"""An address that somebody named and at which nobody is."""
 FORGET_S = 60.0
 """A daemon without an agent for the job that has heard nobody of it for this long keeps no memory of it: the job may begin anew, elsewhere."""
 
 AWAY, WAITING, JOINED, RUNNING = "away", "waiting", "joined", "running"
 """No agent; it wants to be of the next roster; it is of this one, and will be told when all members know; it was told."""
 
-Ballot = tuple[int, str]
+SEEDS_MAX = 64
+NODES_MAX = 4096
+"""Of a job, and that are known of."""
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+"""Whatever is counted: a peer's word of it never comes near an end at which it could not be written down."""
+TEXT_MAX = 255
+PORTS = 1 << 16
+LAST_CALL_MAX_S = 86400.0
+Text = Annotated[str, Meta(max_length=TEXT_MAX)]
+Port = Annotated[int, Meta(ge=0, lt=PORTS)]
+
+Ballot = tuple[Count, Text]
 """(round, life of who proposes)"""
 NO_BALLOT: Ballot = (0, "")
 
@@ -54,24 +75,28 @@ NO_BALLOT: Ballot = (0, "")
 class Member(msgspec.Struct, frozen=True, array_like=True):
     """A node of a roster."""
 
-    address: str
+    address: Text
     """Of its daemon."""
-    life: str = ""
+    life: Text = ""
     """Of its daemon's memory of this job; "" of a seed: whoever is there."""
-    entry: int = 0
+    entry: Count = 0
     """How often its agent has entered: what it said then is below."""
-    workers: int = 1
-    host: str = ""
+    workers: Annotated[int, Meta(ge=1, le=NODES_MAX)] = 1
+    host: Text = ""
     """Where its agent's store and its first worker's are reached, should it be the first member."""
-    agent_port: int = 0
-    worker_port: int = 0
+    agent_port: Port = 0
+    worker_port: Port = 0
+
+
+Members = Annotated[tuple[Member, ...], Meta(max_length=NODES_MAX)]
+Names = Annotated[tuple[Text, ...], Meta(max_length=NODES_MAX)]
 
 
 class Roster(msgspec.Struct, frozen=True, array_like=True):
     """The members of an epoch, in order."""
 
-    epoch: int
-    members: tuple[Member, ...]
+    epoch: Count
+    members: Members
 
     def position(self, life: str) -> int | None:
         """Where a member stands; None if it is none."""
@@ -92,33 +117,33 @@ class Vote(msgspec.Struct, frozen=True, array_like=True):
 
     promised: Ballot = NO_BALLOT
     ballot: Ballot = NO_BALLOT
-    accepted: tuple[Member, ...] = ()
+    accepted: Members = ()
 
 
 class Proposal(msgspec.Struct, frozen=True, array_like=True):
     """A ballot, and, once a quorum promised, its members."""
 
     ballot: Ballot
-    members: tuple[Member, ...] = ()
+    members: Members = ()
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True):
     """All that a node has to say about a job."""
 
     me: Member
-    number: int
+    number: Count
     """Counts this life's beats: an older one that comes later is not heard."""
-    phase: str
-    running: int
+    phase: Text
+    running: Count
     """The epoch that its agent runs in, or is to."""
-    epoch: int
-    members: tuple[Member, ...]
+    epoch: Count
+    members: Members
     """Of that epoch's roster; left out where the other knows it."""
     vote: Vote
     proposal: Proposal | None
-    hears: tuple[str, ...]
+    hears: Names
     """Lives that it hears."""
-    known: tuple[str, ...]
+    known: Names
     """Addresses of those."""
     closed: bool
 
@@ -126,10 +151,10 @@ class Beat(msgspec.Struct, frozen=True, array_like=True):
 class Memory(msgspec.Struct, frozen=True):
     """What outlives a daemon."""
 
-    life: str
+    life: Text
     roster: Roster
     vote: Vote
-    number: int = 0
+    number: Count = 0
 
 
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +169,23 @@ class Wish(msgspec.Struct, frozen=True, kw_only=True):
     host: str = ""
     agent_port: int = 0
     worker_port: int = 0
+
+    def check(self) -> None:
+        """Raise BadArgument for what cannot be."""
+        wrong = []
+        if not 1 <= self.nodes_min <= self.nodes_max <= NODES_MAX:
+            wrong.append(f"{self.nodes_min} to {self.nodes_max} nodes (1 to {NODES_MAX})")
+        if not 1 <= self.workers <= NODES_MAX:
+            wrong.append(f"{self.workers} workers (1 to {NODES_MAX})")
+        if not 0 <= self.last_call_s <= LAST_CALL_MAX_S:
+            wrong.append(f"a last call of {self.last_call_s} s (0 to {LAST_CALL_MAX_S:.0f})")
+        if not 0 <= self.agent_port < PORTS or not 0 <= self.worker_port < PORTS:
+            wrong.append(f"ports {self.agent_port} and {self.worker_port}")
+        if len(self.host) > TEXT_MAX or len(self.seeds) > SEEDS_MAX or any(len(s) > TEXT_MAX for s in self.seeds):
+            wrong.append(f"{len(self.seeds)} seeds (at most {SEEDS_MAX}), and names of at most {TEXT_MAX} letters")
+        if wrong:
+            msg = "a rendezvous with " + "; ".join(wrong) + ": this cannot be"
+            raise BadArgument(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,13 +312,15 @@ class Rendezvous:
             return []
         for life in [life for life, o in self.others.items() if o.beat.me.address == beat.me.address and life != beat.me.life]:
             del self.others[life]  # who lived there before is no more
+        if known is None and len(self.others) >= NODES_MAX:
+            return []
         waits = beat.phase == WAITING
         since_s = known.waits_since_s if known is not None and waits else None
         self.others[beat.me.life] = _Other(beat, now_s, (now_s if since_s is None else since_s) if waits else None)
         self._heard_s = now_s
         self._refused_s.pop(beat.me.address, None)
         for address in (beat.me.address, *beat.known):
-            if address != self.me.address:
+            if address != self.me.address and (address == beat.me.address or len(self.addresses) < len(self.others) + UNHEARD_MAX):
                 self.addresses.setdefault(address, now_s)
         changed = known is None
         if beat.epoch > self.roster.epoch and beat.members:
@@ -298,11 +342,21 @@ class Rendezvous:
         """Time passed: less than BEAT_S since the last tick, unless this daemon slept."""
         self._wake(now_s)
         self._ticked_s = now_s
+        self._forget(now_s)
         return self._go(now_s, beat=False)
 
     def is_idle(self, now_s: float) -> bool:
         """Whether this may be forgotten."""
         return self.phase == AWAY and (self.closed or now_s - self._heard_s > FORGET_S)
+
+    def _forget(self, now_s: float) -> None:
+        """Who was not heard for long, or never, and is neither member nor seed."""
+        needed = {m.address for m in self.roster.members} | {*(self.wish.seeds if self.wish is not None else ())}
+        self.others = {
+            life: o for life, o in self.others.items() if now_s - o.heard_s < FORGET_S or o.beat.me.address in needed
+        }
+        needed |= {o.beat.me.address for o in self.others.values()}
+        self.addresses = {a: since_s for a, since_s in self.addresses.items() if a in needed or now_s - since_s < UNHEARD_S}
 
     def _wake(self, now_s: float) -> None:
         """Who slept must not judge others for it."""
@@ -428,9 +482,11 @@ class Rendezvous:
                 continue
             if other is None and self.roster.epoch > 0 and self._may_come(elector, now_s):
                 return False
-            if other is None or self._is_gone(other, now_s):
+            if other is None or not self._is_heard(other, now_s):
                 continue
-            quorum.add(i)
+            quorum.add(i)  # a daemon whose launcher is gone has its vote still
+            if other.beat.phase == AWAY:
+                continue
             waits = other.beat.phase == WAITING and other.beat.epoch == self.roster.epoch
             if (i < place and self.me.life in other.beat.hears) if waits else waited_s < LATE_S:
                 return False
@@ -485,10 +541,6 @@ class Rendezvous:
         if elector.life:
             return self.others.get(elector.life)
         return next((o for o in self.others.values() if self.roster.elector(o.beat.me) == place), None)
-
-    def _is_gone(self, other: _Other, now_s: float) -> bool:
-        """Not heard, or without an agent."""
-        return not self._is_heard(other, now_s) or other.beat.phase == AWAY
 
     def _may_come(self, elector: Member, now_s: float) -> bool:
         """A member of which nothing was heard yet (a new daemon's others) may yet be there."""

@@ -14,16 +14,20 @@ import random
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
 from ckptd.core.rendezvous import (
+    AWAY,
     LATE_S,
     RUNNING,
+    WAITING,
     Beat,
     Closed,
     Gathered,
     Member,
     Memory,
+    Proposal,
     Regroup,
     Rendezvous,
     Roster,
@@ -33,7 +37,7 @@ from ckptd.core.rendezvous import (
     Wish,
 )
 
-SEEDS = int(os.environ.get("SIM_RENDEZVOUS_SEEDS", os.environ.get("SIM_SEEDS", "300")))
+SEEDS = int(os.environ.get("SIM_RENDEZVOUS_SEEDS", os.environ.get("SIM_SEEDS", "120")))
 
 
 class Broken(AssertionError):
@@ -89,7 +93,7 @@ class World:
         self.queue: list = []
         self.order = itertools.count()
         self.cut: set[tuple[str, str]] = set()
-        self.loss = self.doubling = 0.0
+        self.loss = self.doubling = self.fragile = 0.0
         self.rosters: dict[int, Roster] = {}
         self.voters: dict[tuple[int, tuple[Member, ...]], set[str]] = defaultdict(set)
         self.electorate: dict[int, Roster] = {}
@@ -121,6 +125,9 @@ class World:
             match a:
                 case Save():
                     m.disk = a.memory
+                    if a.memory.vote != Vote() and self.rng.random() < self.fragile:  # die in the middle of an election, more often than chance would
+                        self.later(self.rng.choice([0.0, 0.002, 0.02]), "crash", m.address)
+                        self.later(self.rng.choice([0.05, 0.5]), "boot", m.address)
                 case Send():
                     if m.daemon is not None and m.disk is not None and a.beat.vote != Vote() and m.disk.vote != a.beat.vote:
                         raise Broken("a vote was shown before it was saved")
@@ -200,6 +207,9 @@ class World:
         elif m.agent == "running":
             self.perform(m, m.daemon.enter(m.wish, self.now_s, running=m.epoch))
 
+    def on_crash(self, m: Machine, _: object) -> None:
+        m.daemon = None
+
     # --- faults
 
     def fault(self) -> str:
@@ -239,8 +249,9 @@ class World:
         return f"{kind} {m.address}"
 
     def spare(self, m: Machine) -> bool:
-        """Whether the newest rosters keep a quorum without this node's memory."""
-        for roster in [self.rosters[e] for e in [*self.rosters][-3:]] or [Roster(0, tuple(Member(a) for a in m.wish.seeds))]:
+        """Whether the newest rosters keep a quorum without this node's memory; and the seeds, where a minority of nodes may begin a job."""
+        seeds = [Roster(0, tuple(Member(a) for a in m.wish.seeds))] if 2 * m.wish.nodes_min <= len(self.nodes) else []
+        for roster in [*seeds, *(self.rosters[e] for e in [*self.rosters][-3:])]:
             left = [i for i, e in enumerate(roster.members) if e.address != m.address and self.remembers(e)]
             if not roster.is_quorum(left):
                 return False
@@ -252,7 +263,7 @@ class World:
 
     def heal(self) -> None:
         self.cut.clear()
-        self.loss = self.doubling = 0.0
+        self.loss = self.doubling = self.fragile = 0.0
         for m in self.nodes.values():
             m.paused_until_s = min(m.paused_until_s, self.now_s + 1.0)
             if m.daemon is None:
@@ -269,16 +280,21 @@ class World:
 
     def simulate(self, faults: int = 12) -> None:
         self.loss, self.doubling = self.rng.choice([(0, 0), (0.05, 0.05), (0.2, 0.1)])
-        self.run(self.rng.choice([2.0, 6.0]))
-        for _ in range(faults):
-            what = self.fault()
-            self.trace.append((round(self.now_s, 2), what))
-            self.run(self.now_s + self.rng.choice([0.2, 1.0, 6.0]))
+        self.fragile = self.rng.choice([0.0, 0.0, 0.1, 0.4])
+        self.harass(faults, [0.2, 1.0, 6.0])
         self.heal()
         self.run(self.now_s + 90.0)
         if not self.settled():
             state = {m.address: (m.agent, m.epoch, m.daemon and (m.daemon.phase, m.daemon.roster.epoch)) for m in self.nodes.values()}
             raise Broken(f"liveness: 90 s after healing {state}; newest {self.rosters.get(max(self.rosters, default=0))}")
+
+
+    def harass(self, faults: int, pauses_s: list[float]) -> None:
+        self.run(self.rng.choice([2.0, 6.0]))
+        for _ in range(faults):
+            what = self.fault()
+            self.trace.append((round(self.now_s, 2), what))
+            self.run(self.now_s + self.rng.choice(pauses_s))
 
 
 def simulate(seed: int, kind: type[Rendezvous] = Rendezvous) -> World:
@@ -290,9 +306,9 @@ def simulate(seed: int, kind: type[Rendezvous] = Rendezvous) -> World:
     return world
 
 
-def healthy(nodes: int, least: int = 1) -> World:
+def healthy(nodes: int, least: int = 1, kind: type[Rendezvous] = Rendezvous) -> World:
     """A world in which nothing goes wrong by itself, that has gathered."""
-    world = World(1, nodes)
+    world = World(1, nodes, kind)
     for m in world.nodes.values():
         m.wish = Wish(seeds=("n0:1",), nodes_min=least, nodes_max=nodes, last_call_s=5.0)
     world.run(10.0)
@@ -391,3 +407,127 @@ def test_sim_one_roster_per_epoch_whatever_happens_and_all_run_when_it_is_over(p
     epochs = sum(len(simulate(seed).rosters) for seed in seeds)
     print(f"{len(seeds)} seeds, {epochs} epochs")
     assert epochs >= len(seeds)
+
+
+# --- the elections, by hand: what chance brings about too rarely -----------------------------------------------------------------
+
+
+ELECTORS = tuple(Member(f"{x}:1", x, 1) for x in "abc")
+
+
+def elector(life: str) -> Rendezvous:
+    """One of three that ran in epoch 1, and waits."""
+    me = next(m for m in ELECTORS if m.life == life)
+    machine = Rendezvous(me, Roster(1, ELECTORS))
+    machine.wish, machine.phase = Wish(seeds=("a:1",), nodes_max=3), WAITING
+    return machine
+
+
+def beat_of(life: str, number: int, *, vote: Vote = Vote(), proposal: Proposal | None = None, phase: str = WAITING) -> Beat:
+    me = next(m for m in ELECTORS if m.life == life)
+    return Beat(me, number, phase, 1, 1, ELECTORS, vote, proposal, ("a", "b", "c"), (), closed=False)
+
+
+def test_an_elector_that_promised_takes_no_lower_ballot():
+    b = elector("b")
+    b.heard(beat_of("c", 1, proposal=Proposal((2, "c"))), 1.0)
+    assert b.vote == Vote(promised=(2, "c"))
+    b.heard(beat_of("a", 1, proposal=Proposal((1, "a"), ELECTORS)), 1.1)
+    assert b.vote == Vote(promised=(2, "c")), "a's proposal came too late"
+    b.heard(beat_of("c", 2, proposal=Proposal((2, "c"), ELECTORS[1:])), 1.2)
+    assert b.vote == Vote((2, "c"), (2, "c"), ELECTORS[1:])
+
+
+def test_what_may_have_been_chosen_is_proposed_again():
+    """a and b accepted a's roster, a died before anybody learned that it was chosen: c and b must come to the same one."""
+    c = elector("c")
+    accepted = Vote((1, "a"), (1, "a"), ELECTORS)
+    c.heard(beat_of("a", 1, phase=AWAY), 1.0)
+    c.heard(beat_of("b", 1, vote=accepted, phase=AWAY), 1.0)  # b cannot propose itself: its agent is away
+    c.tick(1.1)
+    ballot = c._proposal.ballot
+    assert ballot > (1, "a")
+    c.heard(beat_of("b", 2, vote=Vote(ballot, (1, "a"), ELECTORS), phase=AWAY), 1.2)
+    assert c._proposal.members == ELECTORS, "not c's own idea of a roster"
+    c.heard(beat_of("b", 3, vote=Vote(ballot, ballot, ELECTORS), phase=AWAY), 1.3)
+    assert c.roster == Roster(2, ELECTORS)
+
+
+def test_votes_of_those_who_are_no_electors_count_nothing():
+    c = elector("c")
+    for i, stranger in enumerate("xyz"):
+        beat = beat_of("b", i + 1, vote=Vote((9, "c"), (9, "c"), ELECTORS))
+        c.heard(msgspec.structs.replace(beat, me=Member(f"{stranger}:1", stranger, 1)), 1.0)
+    c.tick(6.0)
+    assert c.roster.epoch == 1
+
+
+# --- planted bugs: the simulation finds each ------------------------------------------------------------------------------------
+
+
+class AnyoneDecides(Rendezvous):
+    """A third of the electors is enough."""
+
+    def _elect(self, now_s):
+        self.roster = Few(self.roster.epoch, self.roster.members)
+        super()._elect(now_s)
+        self.roster = Roster(self.roster.epoch, self.roster.members)
+
+
+class Few(Roster, frozen=True, array_like=True):
+    def is_quorum(self, places):
+        return 3 * len({*places}) >= len(self.members)
+
+
+class ForgetsItsWord(Rendezvous):
+    """A daemon that comes back has promised nothing."""
+
+    @classmethod
+    def recall(cls, address, memory):
+        return cls(Member(address, memory.life), memory.roster, Vote(), memory.number + (1 << 32))
+
+
+class NobodyIsEverLost(Rendezvous):
+    """Silence is borne for ever."""
+
+    def _limit(self, address):
+        return float("inf")
+
+
+class LeavesOthersBehind(Rendezvous):
+    """Found by a real job: who enters first does not wait for those that run, where the epoch is old."""
+
+    def _waiting_since(self, now_s):
+        return self._adopted_s
+
+
+@pytest.mark.parametrize("kind", [AnyoneDecides, ForgetsItsWord])
+def test_a_planted_bug_is_found(kind):
+    """Elections under worse than chance would bring: daemons die as they vote, links lose and reorder, one fault after the other."""
+    for seed in range(1500):
+        world = World(seed, 3 + seed % 3, kind)
+        world.loss, world.doubling, world.fragile = 0.2, 0.1, 0.4
+        try:
+            world.harass(20, [0.05, 0.2, 1.0, 4.5])
+        except Broken as e:
+            print(f"{kind.__name__}: seed {seed}: {str(e)[:100]}")
+            return
+    pytest.fail(f"{kind.__name__} was not found in 1,500 seeds")
+
+
+def test_bearing_silence_for_ever_is_found():
+    world = healthy(3, kind=NobodyIsEverLost)
+    world.nodes["n1:1"].daemon, world.nodes["n1:1"].agent = None, "dead"
+    world.run(world.now_s + 60.0)
+    assert len(world.rosters) == 1, "that is what the bug does: the other tests of a lost node fail on it"
+
+
+def test_leaving_others_behind_is_found():
+    with pytest.raises(AssertionError):
+        world = healthy(5, kind=LeavesOthersBehind)
+        world.run(world.now_s + 100.0)
+        first = world.nodes["n3:1"]
+        first.agent = "stopping"
+        world.on_enter(first, None)
+        world.run(world.now_s + 5.0)
+        assert world.settled() and [len(r.members) for r in world.rosters.values()] == [5, 5]

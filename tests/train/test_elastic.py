@@ -132,7 +132,7 @@ def test_a_minority_does_not_go_on_and_comes_back(tmp_path):
 
 def lose(c: Namespaces, rng: random.Random, up: list[int], parity: int) -> tuple[dict[int, str], str]:
     """One schedule: lose up to `parity` of the nodes that are up, somehow, at some moment; go on over the others. Returns how, and what it took."""
-    victims = rng.sample(up, rng.randint(1, parity))
+    victims = rng.sample(up, rng.randint(1, min(parity, (len(up) - 1) // 2)))  # a majority is left, wherever the first one is
     if 0 in up and 0 not in victims and rng.random() < 0.3:
         victims[0] = 0  # where everybody began to meet
     how = {v: rng.choice(["kill", "kill", "stop", "link"]) for v in victims}
@@ -158,9 +158,9 @@ def have_back(c: Namespaces, lost: dict[int, str]) -> None:
 
 
 @pytest.mark.skipif(bool(NO_NAMESPACES), reason=NO_NAMESPACES)
-@pytest.mark.parametrize(("parity", "rounds", "losses"), [(1, 4, 3), (2, 4, 2)])
+@pytest.mark.parametrize(("parity", "rounds", "losses"), [(1, 3, 4), (2, 3, 3)])
 def test_seeded_schedules_of_node_loss_over_six_nodes(tmp_path, parity, rounds, losses):
-    """Twenty of them, in two jobs: some losses one after the other, with redundancy made anew between them; then all come back, and again."""
+    """Twenty-one of them, in two jobs: some losses one after the other, with redundancy made anew between them; then all come back, and again."""
     seed = int(os.environ.get("ELASTIC_SEED", parity))
     rng, number = random.Random(seed), 0
     with Namespaces(tmp_path, 6, nnodes="1:6", steps=STEPS, pace_s=0.2, parity=parity, group_size=6) as c:
