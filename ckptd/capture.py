@@ -51,6 +51,11 @@ class Capture:
     cut: Sequence[Batch]
     finish: Callable[[list[str]], None]
     paranoid: bool = False
+    replicas: Sequence[tuple[str, Tensor]] = ()
+    """Tensors that other ranks hold too, to be hashed while they stand still, by their keys."""
+    hashes: dict[str, int] = field(default_factory=dict)
+    """Of those, once they are made: before `finish`."""
+    sums: list[tuple[str, Tensor]] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
@@ -75,6 +80,14 @@ def hash_of(tensor: Tensor) -> int:
     """xxh3-64 of a tensor's elements."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return xxhash.xxh3_64_intdigest(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
+
+
+def sum_of(tensor: Tensor) -> Tensor:
+    """A hash that a device makes of its own memory, as an int64 there: words weighted by odd numbers, so that each bit and each place counts."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32).to(torch.int64)
+    weights = torch.arange(1, 2 * words.numel(), 2, device=words.device, dtype=torch.int64) * 0x9E3779B1
+    return (words * weights).sum()
 
 
 def copy_batch(places: list[Tensor], sources: list[Tensor]) -> None:
@@ -138,6 +151,7 @@ class CpuCopier:
         with torch.no_grad():
             for places, sources in capture.cut:
                 copy_batch(places, sources)
+            capture.hashes = {key: hash_of(t) for key, t in capture.replicas}
         return capture.torn()
 
 
@@ -164,6 +178,7 @@ class CudaCopier:
         with torch.no_grad(), torch.cuda.stream(self._stream):
             for place, source in zip(capture.places, capture.sources, strict=True):
                 place.copy_(source, non_blocking=True)
+            capture.sums = [(key, sum_of(t)) for key, t in capture.replicas]
             capture.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             capture.event.record(self._stream)
         self._current = capture
@@ -201,6 +216,7 @@ class CudaCopier:
     def _wait(self, capture: Capture) -> list[str]:
         if capture.event is not None:
             capture.event.synchronize()
+        capture.hashes = {key: int(s) % (1 << 64) for key, s in capture.sums}
         return self._judge(capture)
 
 

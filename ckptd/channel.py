@@ -67,10 +67,11 @@ def pidfd_of(sock: socket.socket, pid: int) -> int:
 class Pipe:
     """Framing over a non-blocking socket: the part that loop and thread share."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, kind: str = "local") -> None:
+        """`kind`: "daemon" for a daemon's end, which takes only what it is asked; "local" for a client's."""
         sock.setblocking(False)  # noqa: FBT003  the socket module's own signature
         self.sock = sock
-        self._framer = wire.Framer("local")
+        self._framer = wire.Framer(kind)
         self._fds: deque[int] = deque()
         self._out: deque[tuple[bytes, int | None]] = deque()
         self._out_bytes = 0

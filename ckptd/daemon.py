@@ -25,18 +25,19 @@ import secrets
 import signal
 import socket
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckptd import __version__, arena, members, notify, peers, persist, protect
+from ckptd import __version__, arena, members, notify, peers, persist, protect, transport
 from ckptd.channel import Channel, Pipe, peer_of, pidfd_of, private_directory, socket_path
-from ckptd.core import checksum, node, parity, proof, slots, wire
+from ckptd.core import checksum, node, parity, proof, report, slots, wire
 from ckptd.core.ladder import Key
+from ckptd.core.replicas import Ballots, Suspicion
 from ckptd.core.retention import Retention
 from ckptd.errors import BadArgument, Bug, CkptdError, NotFound
 from ckptd.held import Arenas, Guest, make_seal, put_seal, verify_blocks
@@ -53,8 +54,6 @@ LINGER_ASKED_S = 60.0
 """A daemon without a linger time that was asked to leave while others use it goes this long after the last of them."""
 PROTECT_SLOTS_MIN = 3
 """With less, the PROTECTED and the COMMITTED snapshot would leave no slot to fill."""
-POOL_NICE = 5
-"""Byte work yields to training: it has until the next step's fence, training has no time at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +68,8 @@ class Settings:
     """Where it listens for them; 0: where its predecessor did, or anywhere."""
     insecure_peers: bool = False
     """Allow `peer_host` off loopback."""
+    peer_rate_bytes_per_s: float = 0.0
+    """Most bytes of images sent to other daemons, all together; 0: as fast as it goes."""
     linger_s: float = 0.0
     """Leave after this long without any client; 0: never."""
     threads: int = 2
@@ -118,7 +119,7 @@ class Daemon:
         self.name = secrets.token_hex(6)
         self.node = node.Node(persist_timeout_s=settings.persist_timeout_s)
         self.arenas = Arenas()
-        self.peers = peers.Peers(self)
+        self.peers = peers.Peers(self, settings.peer_rate_bytes_per_s)
         self.clients: set[Client] = set()
         self.parted: set[Client] = set()
         """Ranks whose connection ended and whose process lives: their memory is still theirs."""
@@ -127,6 +128,8 @@ class Daemon:
         self.tiers: dict[str, Tier] = {}
         self.protection = protect.Protection(self)
         self.members = members.Members()
+        self.ballots: dict[str, Ballots] = defaultdict(Ballots)
+        self.suspicions: deque[tuple[str, int, Suspicion]] = deque(maxlen=ERRORS_KEPT)
         self.written: dict[tuple[str, int, int], dict[int, bytes]] = {}
         self.verifying: dict[node.SlotRef, asyncio.Lock] = {}
         self.busy: Counter[str] = Counter()
@@ -134,8 +137,8 @@ class Daemon:
         self.error_count = 0
         self.started_s = self.idle_since_s = time.monotonic()
         self.linger_s = settings.linger_s
-        self._pool = ThreadPoolExecutor(settings.threads, "ckptd-bytes", initializer=_be_nice)
-        self._store_pool = ThreadPoolExecutor(settings.threads, "ckptd-store", initializer=_be_nice)
+        self._pool = ThreadPoolExecutor(settings.threads, "ckptd-bytes", initializer=transport.be_nice)
+        self._store_pool = ThreadPoolExecutor(settings.threads, "ckptd-store", initializer=transport.be_nice)
         """Apart from the other: a store that hangs must not keep checksums and restores waiting."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._settled = asyncio.Event()
@@ -256,6 +259,7 @@ class Daemon:
             return
         except OSError as e:  # out of descriptors: the listener stays readable, so look again later instead of at once
             self._failed("a connection", e)
+            self.peers.shed()
             loop = asyncio.get_running_loop()
             loop.remove_reader(listener)
             loop.call_later(TICK_S, self._accept_again, listener)
@@ -265,7 +269,7 @@ class Daemon:
             self._failed("a connection", BadArgument(f"user {uid} (pid {pid}) may not talk to this daemon"))
             sock.close()
             return
-        client = Client(Channel(Pipe(sock), self._on_message, self._on_close), pid)
+        client = Client(Channel(Pipe(sock, "daemon"), self._on_message, self._on_close), pid)
         client.channel.owner = client
         self.clients.add(client)
 
@@ -368,6 +372,8 @@ class Daemon:
         match message:
             case wire.Filled():
                 client.filled_s = time.monotonic()
+                if message.replicas:
+                    self.ballots[client.job].add((client.attempt, message.step), {client.rank: message.replicas})
                 held = client.arena
                 header = held.header(message.slot) if held is not None and 0 <= message.slot < held.geometry.slots else None
                 if held is not None and header is not None and header.gen == message.gen and header.state == slots.FILLED:
@@ -418,6 +424,9 @@ class Daemon:
 
     def _answer_at_once(self, client: Client, request: wire.Request) -> None:
         match request:
+            case wire.Enter() if (client.role, client.job) != ("agent", request.job):
+                msg = f"a launcher of job {request.job!r} did not say Hello here"
+                raise BadArgument(msg)
             case wire.Enter():
                 client.channel.send(wire.Entered(id=request.id, address=self.members.enter(client.channel, request)))
             case wire.Forget():
@@ -480,19 +489,7 @@ class Daemon:
 
     async def _join(self, client: Client, m: wire.Join, fd: int | None) -> None:
         known = self.node.jobs.get(m.job)
-        why = ""
-        if client.role != "rank" or (client.job, client.rank) != (m.job, m.rank):
-            why = f"rank {m.rank} of job {m.job!r} did not say Hello here"
-        elif known is not None and m.attempt < known.attempt:
-            why = f"attempt {m.attempt} of job {m.job!r} is over: attempt {known.attempt} has begun"
-        elif (other := self._alive_elsewhere(client, m.attempt)) is not None:
-            why = f"rank {m.rank} of job {m.job!r} is alive already, as process {other}: two runs must not share a job's name"
-        elif not 0 <= m.node < len(m.peers) or not 0 <= m.rank < m.world_size or not 1 <= m.local_count <= m.world_size or m.image_bytes < 0:
-            why = f"rank {m.rank} of {m.world_size}, {m.local_count} here, node {m.node} of {len(m.peers)}, {m.image_bytes} bytes: this cannot be"
-        elif len(m.secret) != proof.SECRET_BYTES and len(m.peers) > 1:
-            why = f"a secret of {len(m.secret)} bytes, not {proof.SECRET_BYTES}"
-        elif len(m.labels) not in {0, len(m.peers)}:
-            why = f"failure domains of {len(m.labels)} nodes for {len(m.peers)}"
+        why = self._why_not_join(client, m, known)
         if why:
             if fd is not None:
                 os.close(fd)
@@ -521,6 +518,23 @@ class Daemon:
         known = self.node.jobs.get(m.job)
         if fd is not None and known is not None and known.committed is not None:  # what a successor knows and the rank may have missed
             client.channel.send(wire.Reached(attempt=known.committed[0], step=known.committed[1], state=node.COMMITTED))
+
+    def _why_not_join(self, client: Client, m: wire.Join, known: node.Job | None) -> str:  # noqa: PLR0911  a list of reasons
+        if client.role != "rank" or (client.job, client.rank) != (m.job, m.rank):
+            return f"rank {m.rank} of job {m.job!r} did not say Hello here"
+        if m.attempt < 1:
+            return f"attempt {m.attempt}: they begin at 1"
+        if known is not None and m.attempt < known.attempt:
+            return f"attempt {m.attempt} of job {m.job!r} is over: attempt {known.attempt} has begun"
+        if (other := self._alive_elsewhere(client, m.attempt)) is not None:
+            return f"rank {m.rank} of job {m.job!r} is alive already, as process {other}: two runs must not share a job's name"
+        if not 0 <= m.node < len(m.peers) or not 0 <= m.rank < m.world_size or not 1 <= m.local_count <= m.world_size or m.image_bytes < 0:
+            return f"rank {m.rank} of {m.world_size}, {m.local_count} here, node {m.node} of {len(m.peers)}, {m.image_bytes} bytes: this cannot be"
+        if len(m.secret) != proof.SECRET_BYTES and len(m.peers) > 1:
+            return f"a secret of {len(m.secret)} bytes, not {proof.SECRET_BYTES}"
+        if len(m.labels) not in {0, len(m.peers)}:
+            return f"failure domains of {len(m.labels)} nodes for {len(m.peers)}"
+        return ""
 
     def _alive_elsewhere(self, client: Client, attempt: int) -> int | None:
         """The pid of another process that is this rank of this job: of the same attempt, or taking snapshots just now. (A stopped zombie of an
@@ -565,11 +579,12 @@ class Daemon:
     def hold(self, made: arena.Arena) -> None:
         """A new arena: hold it, and give keepers their copy."""
         self.arenas.add(made)
-        for keeper in self.clients:
+        for keeper in [*self.clients]:
             if keeper.role == "keeper" and keeper.job == made.descriptor.job:
                 keeper.channel.send(wire.Kept(arena=made.name), made.fd)
 
     async def _open(self, client: Client, m: wire.Open) -> None:
+        _only_its_own(client, m.job)
         found = self._find(m.job, m.attempt, m.step, m.rank)
         if found is not None:
             ref, image_bytes = found
@@ -577,7 +592,7 @@ class Daemon:
             if held is not None:
                 client.channel.send(
                     wire.Opened(
-                        id=m.id, image=_image_id(m), offset=held.geometry.image_at(ref.slot), image_bytes=image_bytes,
+                        id=m.id, image=wire.image_id(m), offset=held.geometry.image_at(ref.slot), image_bytes=image_bytes,
                         digests=self.arenas.digests(ref),
                     ),
                     held.fd,
@@ -595,14 +610,15 @@ class Daemon:
             about = await self.peers.describe(address, *key)
             guest = self.guests.get(key)  # another rank may have been faster
             if guest is None:
-                guest = self.guests[key] = Guest.of(_image_id(m), m.node, about.image_bytes, about.digests)
+                guest = self.guests[key] = Guest.of(wire.image_id(m), m.node, about.image_bytes, about.digests)
         guest.node, guest.remains = m.node, m.remains  # nodes are numbered anew in each attempt
         client.channel.send(
-            wire.Opened(id=m.id, image=_image_id(m), offset=0, image_bytes=guest.image_bytes, digests=guest.digests), guest.fd
+            wire.Opened(id=m.id, image=wire.image_id(m), offset=0, image_bytes=guest.image_bytes, digests=guest.digests), guest.fd
         )
 
     async def _ensure(self, client: Client, m: wire.Ensure) -> None:
-        job, attempt, step, rank = key = _parse_image_id(m.image)
+        job, attempt, step, rank = key = wire.parse_image_id(m.image)
+        _only_its_own(client, job)
         found = self._find(job, attempt, step, rank)
         guest = self.guests.get(key)
         image_bytes = found[1] if found is not None else guest.image_bytes if guest is not None else 0
@@ -643,13 +659,10 @@ class Daemon:
         if guest.remains is not None:
             await self.protection.decode(key, guest, guest.remains, wanted)
             return
-        ranges = [checksum.extent_of(b, size) for b in wanted]
         address = self.peers.address_of(key[0], guest.node)
-        async for at, data in self.peers.fetch(address, *key, ranges):
-            block = at // checksum.BLOCK_BYTES
-            checksum.check_block(f"image of rank {key[3]} from {address}", block, data, guest.digests)
-            guest.mapping[at : at + len(data)] = data
-            guest.present.add(block)
+        with memoryview(guest.mapping) as view:
+            arrived = partial(guest.arrived, f"image of rank {key[3]} from {address}", view)
+            await self.peers.fetch(address, key[0], key[1:], [checksum.extent_of(b, size) for b in wanted], view, arrived)
 
     def _find(self, job: str, attempt: int, step: int, rank: int) -> tuple[node.SlotRef, int] | None:
         known = self.node.jobs.get(job)
@@ -664,6 +677,7 @@ class Daemon:
         self._drop_guests(job)
         self.tiers.pop(job, None)
         self.protection.leave(job)
+        self.ballots.pop(job, None)
         for held in self.arenas.of(job):
             if not any(c.arena is held for c in self.clients):
                 self._drop_arena(held)
@@ -673,7 +687,7 @@ class Daemon:
             self.guests.pop(key).close()
 
     def _drop_arena(self, held: arena.Arena) -> None:
-        for client in self.clients:
+        for client in [*self.clients]:
             if client.role == "keeper" and client.job == held.descriptor.job:
                 client.channel.send(wire.Dropped(arena=held.name))
         self.arenas.drop(held.name)
@@ -731,6 +745,9 @@ class Daemon:
             self._settled.set()
 
     def _do_tell_peers(self, a: node.TellPeers) -> None:
+        if a.what == "sealed" and a.job in self.ballots and (said := self._said_here(a)):
+            here = self.node.jobs[a.job].node
+            self.peers.tell(wire.PeerNews(job=a.job, attempt=a.attempt, step=a.step, node=here, what="replicas", replicas=said), only=0)
         self.peers.tell(self._news(a), only=0 if a.what in {"part", "asked"} else None)
 
     def _news(self, a: node.TellPeers) -> wire.PeerNews:
@@ -743,8 +760,22 @@ class Daemon:
             job=a.job, attempt=a.attempt, step=a.step, node=here.node, what=a.what, errand=a.errand, after=a.after, digests=digests
         )
 
+    def _said_here(self, a: node.TellPeers) -> dict[int, dict[str, int]]:
+        """What this node's ranks said of what others hold too."""
+        return self.ballots[a.job].of((a.attempt, a.step), self.node.jobs[a.job].snapshots[a.attempt, a.step].images)
+
+    def _compare_replicas(self, a: node.TellRanks) -> None:
+        """A step is COMMITTED: whatever was said of it has come to node 0, before "sealed"."""
+        found = self.ballots[a.job].committed((a.attempt, a.step))
+        for suspicion in found if self.node.jobs[a.job].node == 0 else ():
+            log.error("job %s step %d: %s", a.job, a.step, suspicion)
+            self.suspicions.append((a.job, a.step, suspicion))
+            self._do_tell_ranks(node.TellRanks(a.job, a.attempt, a.step, f"replicas differ: {suspicion}"))
+
     def _do_tell_ranks(self, a: node.TellRanks) -> None:
-        for client in self.clients:
+        if a.state == node.COMMITTED and a.job in self.ballots:
+            self._compare_replicas(a)
+        for client in [*self.clients]:  # a send that fails takes its client out
             if client.role == "rank" and client.job == a.job:
                 client.channel.send(wire.Reached(attempt=a.attempt, step=a.step, state=a.state))
 
@@ -822,12 +853,14 @@ class Daemon:
                 self._event(node.PeerSealed(*key, news.node))
             case "skipped":
                 self._event(node.Skipped(*key, news.node))
+            case "replicas":
+                self.ballots[news.job].add((news.attempt, news.step), news.replicas)
             case "asked":
                 self._event(node.Asked(*key, errand))
             case "told":
                 self._event(node.Told(*key, errand, news.after))
             case "part":
-                if errand == node.PERSIST:
+                if errand == node.PERSIST and key[1:] in self.node.jobs[news.job].snapshots:
                     self.written.setdefault(key, {}).update(news.digests)
                 self._event(node.PartDone(*key, errand, news.node))
             case "done":
@@ -870,29 +903,13 @@ class Daemon:
         }
 
     def _job_status(self, job: node.Job) -> dict[str, Any]:
-        ranks = sorted(c.rank for c in self.clients if c.role == "rank" and c.job == job.name and c.arena is not None)
-        return {
-            "attempt": job.attempt,
-            "node": job.node,
-            "nodes": job.nodes,
-            "ranks": ranks,
+        return report.of_job(job) | {
+            "ranks": sorted(c.rank for c in self.clients if c.role == "rank" and c.job == job.name and c.arena is not None),
             "peers_connected": {str(n): ok for n, ok in self.peers.connected(job.name).items()},
-            "snapshots": [
-                {
-                    "attempt": s.attempt, "step": s.step, "state": s.state, "ranks": sorted(s.images),
-                    "bytes": sum(i.image_bytes for i in s.images.values()),
-                    "persisting": node.PERSIST in s.since_s, "persisted": node.PERSIST in s.done,
-                    "protected": node.PROTECT in s.done or s.key == job.protected,
-                }
-                for _, s in sorted(job.snapshots.items())
-            ],
-            "committed": job.committed,
-            "protected": job.protected,
-            "persisted": job.persisted,
             "group": self.protection.status(job.name) if job.protect else None,
             "store": self._tier(job.name).url,
-            "counters": asdict(job.counters),
-        }  # fmt: skip
+            "suspected": [{"step": step, "what": str(s), "ranks": s.ranks, "tensors": s.tensors} for name, step, s in self.suspicions if name == job.name],
+        }
 
     def snapshot(self, job: str, key: Key) -> node.Snapshot:
         """A snapshot that is known here; raises NotFound."""
@@ -945,23 +962,10 @@ class PeerFailedHere(CkptdError):
     """A rank reported a failure of its own; only its text matters."""
 
 
-def _image_id(m: wire.Open) -> str:
-    return f"{m.attempt}/{m.step}/{m.rank}/{m.job}"
-
-
-def _parse_image_id(image: str) -> tuple[str, int, int, int]:
-    try:
-        attempt, step, rank, job = image.split("/", 3)
-        return job, int(attempt), int(step), int(rank)
-    except ValueError as e:
-        msg = f"{image!r} names no image"
-        raise NotFound(msg) from e
-
-
-def _be_nice() -> None:
-    """Pool threads only: setpriority's process 0 is the calling thread on Linux."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, POOL_NICE)
+def _only_its_own(client: Client, job: str) -> None:
+    if job != client.job:
+        msg = f"this is a line of job {client.job!r}, not of {job!r}"
+        raise NotFound(msg)
 
 
 def _raise_fd_limit() -> None:

@@ -65,6 +65,15 @@ class Guest:
             self.mapping.close()
         os.close(self.fd)
 
+    def arrived(self, what: str, view: memoryview, begin: int, end: int) -> None:
+        """Thread: whole blocks were written to `view` of the mapping; they are present if they match. Raises ChecksumMismatch, NotFound (closed meanwhile)."""
+        if self.closed:
+            msg = f"{what} is not wanted any more"
+            raise NotFound(msg)
+        blocks = [*checksum.blocks_of(begin, end)]
+        verify_blocks(what, view, self.digests, blocks)
+        self.present.update(blocks)
+
 
 class Arenas:
     """All arenas, by name. A service manager gets a copy of each descriptor, so that they outlive this process."""

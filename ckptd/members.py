@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ log = logging.getLogger("ckptd.members")
 
 TICK_S = 0.1
 RETRY_S = (0.1, 1.0)
+JOB_BYTES_MAX = 1024
+"""Of a job's name: it is said to strangers."""
 CLOSED_S = 2.0
 """For how long a job that is over is told of."""
 
@@ -58,12 +61,13 @@ class Members:
     def __init__(self) -> None:
         self._jobs: dict[str, _Job] = {}
         self._directory = Path()
-        self._address = ""
+        self._address = self._source = ""
         self._boot = ""
 
     def start(self, directory: Path, address: str) -> None:
         """Where this daemon is."""
         self._directory, self._address = directory, address
+        self._source = transport.source_of(address.rpartition(":")[0])
         with contextlib.suppress(OSError):
             self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
@@ -74,14 +78,23 @@ class Members:
                 await asyncio.sleep(TICK_S)
                 now_s = time.monotonic()
                 for name, job in [*self._jobs.items()]:
-                    self._perform(name, job, job.machine.tick(now_s))
-                    over = job.closed_s is not None and now_s - job.closed_s > CLOSED_S
-                    if over or job.machine.is_idle(now_s):
+                    try:
+                        self._tick(name, job, now_s)
+                    except Exception:  # of one job: the others go on meeting
+                        log.exception("the rendezvous of job %s failed, and is given up", name)
                         self._drop(name)
         finally:
             for job in self._jobs.values():
                 for line in job.lines.values():
                     line.task.cancel()
+
+    def _tick(self, name: str, job: _Job, now_s: float) -> None:
+        self._perform(name, job, job.machine.tick(now_s))
+        for address in [a for a in job.lines if a not in job.machine.addresses]:
+            job.lines.pop(address).task.cancel()
+        over = job.closed_s is not None and now_s - job.closed_s > CLOSED_S
+        if over or job.machine.is_idle(now_s):
+            self._drop(name)
 
     def enter(self, agent: Channel, m: wire.Enter) -> str:
         """An agent enters; returns this node's address. Raises BadArgument."""
@@ -95,9 +108,15 @@ class Members:
         if known is not None and known.agent not in {None, agent}:
             msg = f"job {m.job!r} has another launcher on this node"
             raise BadArgument(msg, remedy="one `ckptd run` per node and job; give another --job, or another --dir per node where several share a machine")
-        if not 1 <= m.wish.nodes_min <= m.wish.nodes_max or m.wish.workers < 1:
-            msg = f"{m.wish.nodes_min} to {m.wish.nodes_max} nodes with {m.wish.workers} workers: this cannot be"
+        m.wish.check()
+        if not m.job or len(m.job.encode()) > JOB_BYTES_MAX:
+            msg = f"a job's name of {len(m.job.encode())} bytes"
             raise BadArgument(msg)
+        try:
+            for seed in m.wish.seeds:
+                transport.split_address(seed)
+        except PeerFailed as e:
+            raise BadArgument(e.message) from e
         job = known or self._jobs.setdefault(m.job, self._recalled(m.job, m.secret))
         job.agent, job.secret = agent, m.secret
         self._perform(m.job, job, job.machine.enter(m.wish, time.monotonic(), running=m.running))
@@ -115,6 +134,10 @@ class Members:
         for name, job in self._jobs.items():
             if job.agent is agent:
                 self._perform(name, job, job.machine.close(time.monotonic()))
+
+    def dial(self, address: str, job: str, secret: bytes) -> contextlib.AbstractAsyncContextManager[transport.Connection]:
+        """A connection to a daemon that beats for this job."""
+        return transport.dial(address, job, transport.RENDEZVOUS, secret, self._source)
 
     def secret_of(self, job: str) -> bytes | None:
         """What daemons that beat for this job must know."""
@@ -193,7 +216,8 @@ class Members:
         """Raises nothing: a node that cannot keep its word may still run, and says so."""
         temporary = job.path.with_suffix(".new")
         try:
-            temporary.write_bytes(msgspec.msgpack.encode(_Kept(name, self._boot, memory)))
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "wb") as f:
+                f.write(msgspec.msgpack.encode(_Kept(name, self._boot, memory)))
             temporary.rename(job.path)
         except OSError as e:
             log.warning("votes for job %s cannot be kept: %s", name, e)
@@ -225,7 +249,7 @@ class _Line:
             began_s = time.monotonic()
             try:
                 secret = self._members.secret_of(self._job) or b""
-                async with transport.dial(self.address, self._job, transport.RENDEZVOUS, secret) as peer:
+                async with self._members.dial(self.address, self._job, secret) as peer:
                     pause_s = RETRY_S[0]
                     await transport.until_gone(peer, self._talk(peer))
             except ConnectionRefusedError:

@@ -4,7 +4,7 @@ News go one way: each daemon keeps a connection to every other daemon of a job a
 connection; therefore each new connection begins with a greeting: what was sealed, skipped and persisted here. Receivers take doubles in
 their stride. A daemon that comes back listens where its predecessor did, if it can: its peers may be new themselves and know that address only.
 
-Images are fetched in a connection of their own: `Describe` and `Fetch`, answered from the mapping.
+Images are fetched in a connection of their own: `Describe` and `Fetch`, answered from the mapping; what comes is received in a thread, into place.
 
 Trust: both ends of a connection prove that they know the secret of the job's attempt (transport.py); so strangers, other jobs and zombies of an older
 attempt are not heard. What is sent can be read on the wire, therefore loopback only, unless the operator says otherwise (`--insecure-peers`).
@@ -16,15 +16,16 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+import socket
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ckptd import transport
 from ckptd.core import wire
 from ckptd.errors import BadArgument, CkptdError, NotFound, PeerFailed
-from ckptd.transport import READ_AHEAD_BYTES, Connection
+from ckptd.transport import Bulk, Connection, Rate
 
 log = logging.getLogger("ckptd.peers")
 
@@ -34,6 +35,13 @@ FETCH_BYTES = 4 << 20
 """One answer's bytes: DESIGN section 6 found units of 1 to 4 MiB best on TCP."""
 AHEAD = 3
 """Requests of a stream that are under way while one is answered: the answering side never waits for a round trip."""
+BACKLOG = 100
+ACCEPT_PAUSE_S = 0.1
+"""Where no connection can be accepted: no descriptor is left."""
+RATE_MIN_BYTES_PER_S = 8 << 20
+"""The least rate limit: each of 31 members may wait for a block of 1 MiB, none for longer than ANSWER_TIMEOUT_S."""
+UNPROVEN_MAX = 128
+"""Connections that did not prove themselves yet: of more, the oldest is hung up on. A daemon that was right dials again."""
 NEWS_MAX = 4096
 """News queued for a peer that does not answer; the oldest go first, for a new connection tells everything anyway."""
 
@@ -68,7 +76,6 @@ class Local(Protocol):
         """A beat came."""
 
 
-
 def check_bind(host: str, *, insecure: bool) -> None:
     """Raise BadArgument for an address off loopback, unless the operator insists."""
     try:
@@ -85,36 +92,63 @@ def check_bind(host: str, *, insecure: bool) -> None:
 
 
 class Peers:
-    """All connections of one daemon to others."""
+    """All connections of one daemon to others. `rate_bytes_per_s`: of images and fragments, to all of them together; 0: as fast as it goes. Raises BadArgument."""
 
-    def __init__(self, local: Local) -> None:
+    def __init__(self, local: Local, rate_bytes_per_s: float = 0) -> None:
+        if rate_bytes_per_s and not rate_bytes_per_s >= RATE_MIN_BYTES_PER_S:
+            msg = f"--peer-rate {rate_bytes_per_s:.0f}: peers wait for a block no longer than {transport.ANSWER_TIMEOUT_S:.0f} s"
+            raise BadArgument(msg, remedy=f"give at least {RATE_MIN_BYTES_PER_S} bytes per second, or 0 for no limit")
         self._local = local
+        self._rate = Rate(rate_bytes_per_s)
         self._links: dict[tuple[str, int], _Link] = {}
-        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._source = ""
         self._secrets: dict[str, tuple[int, bytes]] = {}
+        self._unproven: OrderedDict[socket.socket, None] = OrderedDict()
         self.strangers = 0
         """Connections that did not prove themselves."""
         self.address = ""
 
     async def start(self, host: str, port: int = 0, *, must: bool = False) -> None:
         """Listen, on the predecessor's `port` if it is free; on no other if we `must`. Raises BadArgument."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self._server = await asyncio.start_server(self._serve, host, port, limit=READ_AHEAD_BYTES)
+            listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
         except (OSError, OverflowError) as e:
             if must:
                 msg = f"--peer-port {port}: {host} cannot listen there: {e}"
                 raise BadArgument(msg) from e
-            self._server = await asyncio.start_server(self._serve, host, 0, limit=READ_AHEAD_BYTES)
-        name = self._server.sockets[0].getsockname()
-        self.address = f"{name[0]}:{name[1]}"
+            listener = socket.create_server((host, 0), family=family, backlog=BACKLOG)
+        listener.setblocking(False)  # noqa: FBT003  the socket module's own signature
+        name = listener.getsockname()
+        self.address, self._source = f"{name[0]}:{name[1]}", transport.source_of(name[0])
+        self._start(self._listen(listener))
 
     async def stop(self) -> None:
         """Close everything."""
         for link in self._links.values():
             link.task.cancel()
         self._links.clear()
-        if self._server is not None:
-            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _listen(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with listener:
+            while True:
+                try:
+                    sock, _ = await loop.sock_accept(listener)
+                except OSError as e:
+                    log.warning("a peer cannot be let in: %s", e)
+                    self.shed()
+                    await asyncio.sleep(ACCEPT_PAUSE_S)
+                else:
+                    self._start(self._serve(sock))
 
     def join(self, job: str, attempt: int, node: int, addresses: list[str], secret: bytes) -> None:
         """Be connected to the other nodes of this attempt, and to nobody else of this job."""
@@ -159,7 +193,7 @@ class Peers:
         if not secret:
             msg = f"job {job!r} has no attempt here, so its peers cannot be asked"
             raise NotFound(msg)
-        return transport.dial(address, job, attempt, secret)
+        return transport.dial(address, job, attempt, secret, self._source)
 
     async def describe(self, address: str, job: str, attempt: int, step: int, rank: int) -> wire.Described:
         """Size and checksums of an image at a peer."""
@@ -180,30 +214,23 @@ class Peers:
             return answer.images
 
     async def fetch(
-        self, address: str, job: str, attempt: int, step: int, rank: int, ranges: Iterable[tuple[int, int]]
-    ) -> AsyncIterator[tuple[int, bytes]]:
-        """(offset, bytes) of the wanted ranges, in pieces of at most FETCH_BYTES."""
+        self, address: str, job: str, image: tuple[int, int, int], ranges: Sequence[tuple[int, int]], into: memoryview,
+        arrived: Callable[[int, int], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Have these bytes of an image, (attempt, step, rank), at the same place in `into`. Thread: what of them has `arrived`, in pieces of at most FETCH_BYTES."""
         pieces = [(at, min(at + FETCH_BYTES, end)) for begin, end in ranges for at in range(begin, end, FETCH_BYTES)]
-        data = self.stream(address, job, attempt, step, [(rank, begin, end) for begin, end in pieces])
-        try:
-            for at, _ in pieces:
-                yield at, await anext(data)
-        finally:
-            await data.aclose()
-
-    async def stream(
-        self, address: str, job: str, attempt: int, step: int, wanted: Sequence[tuple[int, int, int]]
-    ) -> AsyncGenerator[bytes, None]:
-        """Bytes [begin, end) of images, as (rank, begin, end), none longer than FETCH_BYTES; one after the other, with AHEAD requests under way."""
         async with self.dial(address, job) as peer:
-            for number, (_, begin, end) in enumerate(wanted):
-                ahead = wanted[: AHEAD + 1] if number == 0 else wanted[number + AHEAD : number + AHEAD + 1]
-                for r, b, e in ahead:
-                    peer.put(wire.Fetch(job=job, attempt=attempt, step=step, rank=r, begin=b, end=e))
-                answer = await peer.receive()
-                if not isinstance(answer, wire.Blocks) or answer.bytes != end - begin:
-                    raise _refusal(answer)
-                yield await peer.receive_bytes(answer.bytes)
+            bulk = peer.bulk()
+
+            def take() -> None:
+                for number, (begin, end) in enumerate(pieces):
+                    for ahead in pieces[: AHEAD + 1] if number == 0 else pieces[number + AHEAD : number + AHEAD + 1]:
+                        ask(bulk, job, image, *ahead)
+                    receive(bulk, into[begin:end])
+                    if arrived is not None:
+                        arrived(begin, end)
+
+            await transport.in_thread(take, bulk.hang_up)
 
     def _secret_of(self, job: str, attempt: int) -> bytes | None:
         if attempt == transport.RENDEZVOUS:
@@ -211,19 +238,38 @@ class Peers:
         known = self._secrets.get(job)
         return known[1] or None if known is not None and known[0] == attempt else None
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            peer = await transport.accept(reader, writer, self._secret_of)
+    async def _serve(self, sock: socket.socket) -> None:
+        with sock:
+            peer = await self._proven(sock)
             if peer is None:
-                self.strangers += 1
                 return
-            while await self._heed(peer, await peer.receive(idle=True)):  # noqa: ASYNC110  nothing is polled: it yields
-                await asyncio.sleep(0)  # a flood that is buffered already would keep the loop to itself
-        except (OSError, PeerFailed, TimeoutError, asyncio.IncompleteReadError) as e:
-            log.debug("a peer's connection ended: %s", e)
-            writer.transport.abort()  # close() would wait for a peer that does not read
+            try:
+                while await self._heed(peer, await peer.receive(idle=True)):  # noqa: ASYNC110  nothing is polled: it yields
+                    await asyncio.sleep(0)  # a flood that is here already would keep the loop to itself
+            except (OSError, PeerFailed, TimeoutError) as e:
+                log.debug("a peer's connection ended: %s", e)
+
+    async def _proven(self, sock: socket.socket) -> Connection | None:
+        """Who proves itself in time, and before others need the place."""
+        self._unproven[sock] = None
+        self.shed(UNPROVEN_MAX)
+        peer = None
+        try:
+            async with asyncio.timeout(transport.ANSWER_TIMEOUT_S):
+                peer = await transport.accept(sock, self._secret_of)
+        except (OSError, PeerFailed, TimeoutError) as e:
+            log.debug("somebody did not prove itself: %s", e)
         finally:
-            writer.close()
+            self._unproven.pop(sock, None)
+        if peer is None:
+            self.strangers += 1
+        return peer
+
+    def shed(self, left: int = 0) -> None:
+        """Hang up on the oldest of those that did not prove themselves, until so many are left: their descriptors are wanted."""
+        while len(self._unproven) > left:
+            with contextlib.suppress(OSError):
+                self._unproven.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)  # whoever waits for it sees its end
 
     async def _heed(self, peer: Connection, message: Any) -> bool:
         """Do what a message asks for; False where the connection is to end: for another job, for an attempt that is over, or for nothing we know."""
@@ -270,6 +316,7 @@ class Peers:
         if isinstance(m, wire.Describe):
             await peer.send(wire.Described(image_bytes=len(held.image), digests=held.digests))
         else:
+            await self._rate.let_through(m.end - m.begin)
             peer.put(wire.Blocks(bytes=m.end - m.begin))
             await peer.send_bytes(held.image[m.begin : m.end])
 
@@ -316,7 +363,19 @@ class _Link:
             await self._wake.wait()
 
 
+def ask(peer: Bulk, job: str, image: tuple[int, int, int], begin: int, end: int) -> None:
+    """Thread: ask for bytes of an image, (attempt, step, rank)."""
+    attempt, step, rank = image
+    peer.send(wire.Fetch(job=job, attempt=attempt, step=step, rank=rank, begin=begin, end=end))
+
+
+def receive(peer: Bulk, place: memoryview) -> None:
+    """Thread: what was asked for, in that order."""
+    answer = peer.receive()
+    if not isinstance(answer, wire.Blocks) or answer.bytes != len(place):
+        raise _refusal(answer)
+    peer.receive_into(place)
+
+
 def _refusal(answer: Any) -> CkptdError:
     return PeerFailed(answer.message if isinstance(answer, wire.Refused) else f"unexpected {type(answer).__name__}")
-
-

@@ -1,12 +1,13 @@
 """Protection at work: making this node's fragment of a snapshot, and decoding what a lost node held.
 
-Both are the same walk: rows of blocks, each block read where it lies - here, or streamed from a peer in the order of the rows - checked against
-its image's checksums in the pool, and combined into a place that is ready for it. At most a few blocks per member are in memory at a time.
+Both are the same walk: rows of blocks, each block read where it lies - here, or sent by a peer in the order of the rows - checked against its image's
+checksums, and added to the place that its row's result has. A thread of its own receives a block, checks it and adds it while it is in a core's cache: a row's
+first block straight into its place, the others one after the other into one buffer. That buffer is all that a walk holds, whatever it moves.
 
 A fragment lies in an arena of its own, like an image: `u64 n | msgpack of Meta, padded to 4096 | parity blocks, row by row`, sealed with checksums. Its
 Meta says whose parity it is and carries the members' checksums, so that whoever decodes an image can prove it; a successor adopts it from its arena alone.
 
-Runs on the daemon's loop; byte work goes to the pool that it is given.
+Runs on the daemon's loop, but for that thread; other byte work goes to the pool that it is given.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import mmap
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Protocol
@@ -29,9 +32,10 @@ from ckptd.core.node import SlotRef
 from ckptd.core.parity import Combine, Rows
 from ckptd.core.stripes import Member, Part, Stripes, Task
 from ckptd.errors import BadImage, CkptdError, MemoryRefused, NotFound, PeerFailed
-from ckptd.held import Arenas, Guest, make_seal, put_seal, verify_blocks
-from ckptd.peers import FETCH_BYTES, Peers
+from ckptd.held import Arenas, Guest, make_seal, put_seal
+from ckptd.peers import AHEAD, Peers, ask, receive
 from ckptd.peers import Held as Image
+from ckptd.transport import Bulk, in_thread
 
 log = logging.getLogger("ckptd.protect")
 
@@ -45,8 +49,12 @@ META_BYTES_MAX = 1 << 30
 META_BYTES_MIN, META_BYTES_PER_IMAGE = 4096, 64
 """Room in a header besides its checksums."""
 
-DECODE_BLOCKS = 64
-"""Decoded at a time, then proven."""
+DECODE_BLOCKS = 256
+"""Decoded in one walk: then others may have the guest."""
+ASIDE_BYTES = 2048 + 64
+"""Results begin at multiples of 4 KiB, so the buffer does not: see `parity.Combine`."""
+WALK_BYTES_MAX = ASIDE_BYTES + checksum.BLOCK_BYTES
+"""What a walk holds besides the places of its results, however large the images are."""
 
 
 class Meta(msgspec.Struct, frozen=True):
@@ -132,13 +140,15 @@ class Plan:
     member: int
     tasks: list[Task]
     places: list[tuple[int, int]]
+    sends: frozenset[int] = frozenset()
+    """Members whose blocks it takes."""
 
     @staticmethod
     def of(stripes: Stripes, member: int) -> Plan:
         """Pool: tens of microseconds per row; a node of 100 GB has 100,000."""
         tasks = [*stripes.encode(member)]
         places = stripes.places_of(member)
-        return Plan(stripes, member, tasks, [places[t.row] for t in tasks])
+        return Plan(stripes, member, tasks, [places[t.row] for t in tasks], frozenset(p.member for t in tasks for p in t.parts))
 
 
 class Protection:
@@ -205,7 +215,8 @@ class Protection:
                 rank, begin, end = stripes.members[part.member].extent_of(part.block)
                 return Source(place.group.members[part.member], rank, begin, end, digests[rank])
 
-            await self._fill(job, key, tasks, locate, lambda i: image[len(header) + places[i][0] : len(header) + places[i][1]])
+            nodes = {place.group.members[p] for p in plan.sends}
+            await self._walk(job, key, nodes, {}, tasks, locate, lambda i: image[len(header) + places[i][0] : len(header) + places[i][1]])
             slots.flip(held.memory, at, slots.FILLED)
             put_seal(held, slot, gen, await host.in_pool(partial(make_seal, slot, gen, image, held.seal(slot))))
         except BaseException:
@@ -275,17 +286,17 @@ class Protection:
 
     async def _remote_meta(self, address: str, job: str, key: Key, bytes_max: int) -> Meta:
         """The header of a fragment at a peer."""
-        whole = bytearray()
-        async for part in self._host.peers.stream(address, job, *key, [(FRAGMENT_RANK, 0, 8)]):
-            whole += part
-        end = 8 + int.from_bytes(whole, "little")
+        fetch = partial(self._host.peers.fetch, address, job, (*key, FRAGMENT_RANK))
+        size = bytearray(8)
+        await fetch([(0, 8)], memoryview(size))
+        end = 8 + int.from_bytes(size, "little")
         if end > bytes_max:
             msg = f"the daemon at {address} says that its fragment has a header of {end} bytes"
             raise PeerFailed(msg)
-        ranges = [(FRAGMENT_RANK, at, min(at + FETCH_BYTES, end)) for at in range(8, end, FETCH_BYTES)]
-        async for part in self._host.peers.stream(address, job, *key, ranges):
-            whole += part
-        return read_meta(memoryview(whole))[0]
+        whole = memoryview(bytearray(end))
+        whole[:8] = size
+        await fetch([(8, end)], whole)
+        return read_meta(whole)[0]
 
     async def decode(self, image: tuple[str, int, int, int], guest: Guest, remains: Remains, blocks: Sequence[int]) -> None:
         """Have blocks of a lost image in its guest, proven. Raises Lost (too many members), ChecksumMismatch, PeerFailed, NotFound."""
@@ -319,54 +330,102 @@ class Protection:
                 node, digests = remains.images[at], meta.digests[at]
             return Source(None if node == here else node, at, begin, end, digests)
 
+        def decoding(some: Sequence[int]) -> tuple[list[Task], set[int], set[int]]:
+            tasks = [stripes.decode(member, stripes.members[member].block_of(rank, b), lost) for b in some]
+            sources = [locate(p) for t in tasks for p in t.parts]
+            return tasks, {s.node for s in sources if s.node is not None}, {s.rank for s in sources if s.node is None}
+
+        async def have(some: Sequence[int]) -> None:
+            tasks, nodes, ranks = await host.in_pool(partial(decoding, some))
+            held = {r: host.held(job, attempt, step, r).image for r in ranks}
+            extents, what = [checksum.extent_of(b, guest.image_bytes) for b in some], f"decoded image of rank {rank}"
+            place, made = (lambda i: view[slice(*extents[i])]), (lambda i: guest.arrived(what, view, *extents[i]))
+            await self._walk(job, (attempt, step), nodes, held, tasks, locate, place, made)
+
         with memoryview(guest.mapping) as view:
             for first in range(0, len(blocks), DECODE_BLOCKS):
-                if guest.closed:
-                    msg = f"image {image} is not wanted any more"
-                    raise NotFound(msg)
-                some = [b for b in blocks[first : first + DECODE_BLOCKS] if b not in guest.present]
-                extents = [checksum.extent_of(b, guest.image_bytes) for b in some]
-                tasks = [stripes.decode(member, stripes.members[member].block_of(rank, b), lost) for b in some]
-                places = [view[begin:end] for begin, end in extents]
-                await self._fill(job, (attempt, step), tasks, locate, places.__getitem__)
-                what = f"decoded image of rank {rank}"
-                await host.in_pool(partial(verify_blocks, what, view[: guest.image_bytes], guest.digests, some))
-                guest.present.update(some)
-                for part in places:
-                    part.release()
+                await have([b for b in blocks[first : first + DECODE_BLOCKS] if b not in guest.present])
 
     # --- the walk -----------------------------------------------------------------------------------------------------------
 
-    async def _fill(
-        self, job: str, key: Key, tasks: Sequence[Task], locate: Callable[[Part], Source], place: Callable[[int], memoryview]
-    ) -> None:
-        """Have the result of task number i in `place(i)`: rows in order, each part from where it lies, at most a few blocks of a node at a time."""
+    async def _walk(
+        self, job: str, key: Key, nodes: Collection[int], here: dict[int, memoryview], tasks: Sequence[Task], locate: Callable[[Part], Source],
+        place: Callable[[int], memoryview], made: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """Have the result of task number i in `place(i)`, then `made(i)`; parts come from where they lie: images `here` by rank, or one of `nodes`."""
         host = self._host
-        wanted: dict[int, list[tuple[int, int, int]]] = {}
-        for source in (locate(p) for t in tasks for p in t.parts):
+        async with contextlib.AsyncExitStack() as stack:
+
+            async def dialled(node: int) -> tuple[int, Bulk]:
+                return node, (await stack.enter_async_context(host.peers.dial(host.peers.address_of(job, node), job))).bulk()
+
+            found = await asyncio.gather(*map(dialled, nodes), return_exceptions=True)  # all have ended, whichever failed
+            for failed in found:
+                if isinstance(failed, BaseException):
+                    raise failed
+            peers: dict[int, Bulk] = dict(found)  # type: ignore[arg-type]  # no exceptions are left in it
+            walk = Walk(job, key, peers, here, tasks, locate, place, made)
+            await in_thread(walk.run, walk.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What the thread of a walk does."""
+
+    job: str
+    key: Key
+    peers: dict[int, Bulk]
+    here: dict[int, memoryview]
+    tasks: Sequence[Task]
+    locate: Callable[[Part], Source]
+    place: Callable[[int], memoryview]
+    made: Callable[[int], None]
+
+    def run(self) -> None:
+        """Thread. Asks for some rows ahead of the one that it computes."""
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        with mmap.mmap(-1, checksum.BLOCK_BYTES + ASIDE_BYTES, flags=private) as memory, memoryview(memory)[ASIDE_BYTES:] as buffer:
+            ahead: deque[tuple[int, list[tuple[int, Source]]]] = deque()
+            for number in range(len(self.tasks)):
+                ahead.append((number, self._ask(number)))
+                if len(ahead) > AHEAD:
+                    self._row(*ahead.popleft(), buffer)
+            while ahead:
+                self._row(*ahead.popleft(), buffer)
+
+    def stop(self) -> None:
+        """Any thread: `run` fails at once."""
+        for peer in self.peers.values():
+            peer.hang_up()
+
+    def _ask(self, number: int) -> list[tuple[int, Source]]:
+        """Ask for the parts of a task; each with its coefficient, and first one that needs no computing."""
+        task = self.tasks[number]
+        parts = [*zip(task.coefficients[0], map(self.locate, task.parts), strict=True)]
+        parts.sort(key=lambda p: p[0] != 1 or p[1].node is None or p[1].end - p[1].begin > task.bytes)
+        for _, source in parts:
             if source.node is not None:
-                wanted.setdefault(source.node, []).append((source.rank, source.begin, source.end))
-        streams = {n: host.peers.stream(host.peers.address_of(job, n), job, *key, ranges) for n, ranges in wanted.items()}
-        try:
-            for number, task in enumerate(tasks):
-                parts: list[tuple[Source, Any]] = []
-                for source in map(locate, task.parts):
-                    if source.node is None:
-                        parts.append((source, host.held(job, *key, source.rank).image[source.begin : source.end]))
+                ask(self.peers[source.node], self.job, (*self.key, source.rank), source.begin, source.end)
+        return parts
+
+    def _row(self, number: int, parts: list[tuple[int, Source]], buffer: memoryview) -> None:
+        """A part may be longer than the block that is wanted: what it has beyond that is others'."""
+        with self.place(number) as out:  # released at once, whoever keeps an exception: its memory may have to go
+            if not parts:
+                out[:] = bytes(len(out))
+            for turn, (coefficient, source) in enumerate(parts):
+                size = source.end - source.begin
+                in_place = source.node is not None and turn == 0 and coefficient == 1 and size <= len(out)
+                with self.here[source.rank][source.begin : source.end] if source.node is None else (out if in_place else buffer)[:size] as data:
+                    if source.node is not None:
+                        receive(self.peers[source.node], data)
+                    if source.digests:
+                        checksum.check_block(f"image of rank {source.rank}", source.begin // checksum.BLOCK_BYTES, data, source.digests)
+                    if in_place:
+                        out[size:] = bytes(len(out) - size)
                     else:
-                        parts.append((source, await anext(streams[source.node])))
-                await host.in_pool(partial(_combine, task, parts, place(number)))
-        finally:
-            for stream in streams.values():
-                await stream.aclose()
-
-
-def _combine(task: Task, parts: Sequence[tuple[Source, Any]], out: memoryview) -> None:
-    """Pool: check each block, then compute. A part may be longer than the block that is wanted: what it has beyond that is others'."""
-    for source, data in parts:
-        if source.digests:
-            checksum.check_block(f"image of rank {source.rank}", source.begin // checksum.BLOCK_BYTES, data, source.digests)
-    _combine_of(task.coefficients)([memoryview(data)[: task.bytes] for _, data in parts], [out])
+                        _combine_of((bytes((coefficient,)),))([data[: len(out)]], [out], accumulate=turn > 0)
+        self.made(number)
 
 
 @cache

@@ -20,7 +20,6 @@ import logging
 import operator
 import os
 import re
-import secrets
 import sys
 import threading
 import time
@@ -39,26 +38,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckptd import restore as restoring
-from ckptd import spawn, state
+from ckptd import rounds, spawn, state
 from ckptd.arena import Arena
 from ckptd.binding import Binding, encode_objects
 from ckptd.capture import FAILED, Capture, copier_for, copy_batch, hash_of, pin, unpin
 from ckptd.channel import socket_path
-from ckptd.core import groups, proof, slots, wire
+from ckptd.core import groups, replicas, slots, wire
 from ckptd.core.boxes import Box
 from ckptd.core.image import Layout, Piece
-from ckptd.core.ladder import Durable, Holding, Key, Rung, guarded, lost, rungs
-from ckptd.core.plan import LeafDecl, mesh_digest, plan_capture
+from ckptd.core.ladder import Durable, Rung
+from ckptd.core.plan import LeafDecl
 from ckptd.errors import (
     BadArgument,
     Bug,
     CkptdError,
     DaemonUnreachable,
-    Lost,
     NotFound,
     NotRestored,
     StoreFailed,
-    UserError,
 )
 from ckptd.link import Link
 from ckptd.meeting import Meeting, meeting_of
@@ -99,6 +96,8 @@ class Settings:
     parity: int = groups.PARITY_DEFAULT
     """How many nodes of a group may be lost; 0: nodes do not protect each other."""
     group_size: int = groups.SIZE_DEFAULT
+    check_replicas_every: int = replicas.EVERY
+    """What several ranks hold identically is compared once within so many steps, a share in each; 0: never."""
     keep_newest: int = 2
     keep_every: int = 0
     local: tuple[str, ...] = ()
@@ -121,8 +120,8 @@ class Settings:
         if self.slots and not slots.SLOTS_MIN <= self.slots <= slots.SLOTS_MAX:
             msg = f"slots={self.slots}: a rank has {slots.SLOTS_MIN} to {slots.SLOTS_MAX} slots"
             raise BadArgument(msg)
-        if self.persist_every < 0 or self.timeout_s <= 0 or self.keep_newest < 1 or self.keep_every < 0:
-            msg = "persist_every and keep_every must not be negative, keep_newest at least 1, timeout_s above 0"
+        if min(self.persist_every, self.keep_every, self.check_replicas_every) < 0 or self.timeout_s <= 0 or self.keep_newest < 1:
+            msg = "persist_every, keep_every and check_replicas_every must not be negative, keep_newest at least 1, timeout_s above 0"
             raise BadArgument(msg)
         if self.persist_every and not self.store:
             msg = "persist_every needs a durable tier"
@@ -142,41 +141,6 @@ class Restored:
     warnings: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-
-
-class _Arrival(msgspec.Struct, array_like=True):
-    """What a rank brings to the first meeting."""
-
-    error: str = ""
-    message: str = ""
-    remedy: str = ""
-    no_daemon: str = ""
-    daemon: str = ""
-    address: str = ""
-    attempt_max: int = 0
-    holdings: list[Holding] = []
-    failed: list[tuple[int, int, str]] = []
-    durable: list[Durable] = []
-    broken: list[str] = []
-    """Checkpoints that cannot be read, or why the durable tier cannot."""
-    labels: dict[str, str] = {}
-
-
-class _Place(msgspec.Struct, array_like=True):
-    """What it takes home: the attempt, its node among the daemons, and the ladder."""
-
-    attempt: int
-    no_daemon: str
-    node: int
-    local_count: int
-    peers: list[str]
-    rungs: list[Rung]
-    broken: list[str] = []
-    labels: list[dict[str, str]] = []
-    guarded: Key | None = None
-    """The newest snapshot that is under parity."""
-    secret: bytes = b""
-    """What this attempt's daemons know each other by."""
 
 
 class Session:
@@ -209,7 +173,7 @@ class Session:
         self._last: tuple[int, int] | None = None
         self._timings: dict[str, float] = {}
         self._pinned = False
-        self._place = _Place(0, "", 0, 1, [""], [])
+        self._place = rounds.Place(0, "", 0, 1, [""], [])
         self._taken: int | None = None
         self._fences = self._fences_before = 0
         self._said: set[str] = set()
@@ -223,8 +187,8 @@ class Session:
     def _attach(self) -> None:
         self._look()
         arrival = self._arrive()
-        place = self._meeting.round("attach", msgspec.msgpack.encode(arrival), self._gather, self.settings.timeout_s)
-        self._place = msgspec.msgpack.decode(place, type=_Place)
+        place = self._meeting.round("attach", msgspec.msgpack.encode(arrival), rounds.gather, self.settings.timeout_s)
+        self._place = msgspec.msgpack.decode(place, type=rounds.Place)
         self.attempt = self._place.attempt
         self._copier = copier_for([t for leaf in self._train.leaves if (t := leaf.resolve()) is not None])
         self._hooks = [
@@ -247,8 +211,8 @@ class Session:
         except CkptdError as e:
             self._error = e
 
-    def _arrive(self) -> _Arrival:
-        arrival = _Arrival()
+    def _arrive(self) -> rounds.Arrival:
+        arrival = rounds.Arrival()
         if self._error is not None:
             e = self._error
             arrival.error, arrival.message, arrival.remedy = type(e).__name__, f"rank {self.rank}: {e.message}", e.remedy
@@ -289,40 +253,11 @@ class Session:
             spawn.await_socket(path, self.settings.timeout_s / 4)
             return self._link.open(self.settings.timeout_s / 4)
 
-    def _gather(self, brought: list[bytes]) -> list[bytes]:
-        """Rank 0: group the ranks by daemon, number the attempt, order the ladder."""
-        arrivals = [msgspec.msgpack.decode(b, type=_Arrival) for b in brought]
-        for a in arrivals:
-            if a.error:
-                raise _error_of(a.error, a.message, a.remedy)
-        no_daemon = next((a.no_daemon for a in arrivals if a.no_daemon), "")
-        daemons = [*dict.fromkeys(a.daemon for a in arrivals)]
-        durable = arrivals[0].durable
-        known = [a.attempt_max for a in arrivals] + [d.attempt for d in durable]
-        failed = {(f[0], f[1], f[2]) for a in arrivals for f in a.failed}
-        first = {d: next(a for a in arrivals if a.daemon == d) for d in daemons}
-        held = {} if no_daemon else {i: first[d].holdings for i, d in enumerate(daemons)}
-        ladder = rungs(held, durable, failed)
-        broken = arrivals[0].broken + [
-            f"step {step} was committed (attempt {attempt}), and more nodes were lost since than parity makes up for: images of ranks {ranks} are gone"
-            for (attempt, step), ranks in lost(held)
-        ]
-        secret = secrets.token_bytes(proof.SECRET_BYTES)
-        return [
-            msgspec.msgpack.encode(
-                _Place(
-                    max(known) + 1, no_daemon, daemons.index(a.daemon), sum(b.daemon == a.daemon for b in arrivals),
-                    [first[d].address for d in daemons], ladder, broken, [first[d].labels for d in daemons], guarded(held), secret,
-                )
-            )
-            for a in arrivals
-        ]  # fmt: skip
-
     def _plan(self) -> None:
         """Collective: who stores what, and memory for it. Again when the state's composition changed."""
         t = self._train
         error = self._error
-        told = _Told(
+        told = rounds.Told(
             error=type(error).__name__ if error else "",
             message=f"rank {self.rank}: {error.message}" if error else "",
             remedy=error.remedy if error else "",
@@ -331,8 +266,11 @@ class Session:
             objects=[o.name for o in t.objects],
             complete=t.complete,
         )
-        planned = self._meeting.round("plan", msgspec.msgpack.encode(told), _plan_for_all, self.settings.timeout_s)
-        mine, names, mesh, self._complete = msgspec.msgpack.decode(planned, type=tuple[list[_PieceMessage], list[str], str, bool])
+        planned = self._meeting.round("plan", msgspec.msgpack.encode(told), rounds.plan_for_all, self.settings.timeout_s)
+        mine, names, mesh, self._complete, shared = msgspec.msgpack.decode(
+            planned, type=tuple[list[rounds.PieceMessage], list[str], str, bool, list[str]]
+        )
+        self._replicas = self._in_turns({*shared})
         pieces = [Piece(p.name, p.dtype, p.shape, Box(*p.box), p.view) for p in mine]
         job = self.settings.job
         self._binding = Binding(pieces, self._train, job=job, rank=self.rank, world_size=self.world_size, torn=self._torn)
@@ -341,9 +279,18 @@ class Session:
         if self._place.no_daemon or self.inert:
             return
         trouble = self._join()
-        outcome = self._meeting.round("join", trouble.encode(), _first_trouble, self._join_timeout_s).decode()
+        outcome = self._meeting.round("join", trouble.encode(), rounds.first_trouble, self._join_timeout_s).decode()
         if outcome:
             self._go_inert(outcome)
+
+    def _in_turns(self, names: set[str]) -> dict[int, list[tuple[str, Leaf]]]:
+        """What other ranks hold too, by the step (modulo) in which it is compared. What may change at any time is not."""
+        turns: dict[int, list[tuple[str, Leaf]]] = {}
+        for leaf in self._train.leaves if self.settings.check_replicas_every else ():
+            if leaf.name in names and not leaf.eager:
+                key = replicas.key_of(leaf.name, leaf.box)
+                turns.setdefault(replicas.turn_of(key, self.settings.check_replicas_every), []).append((key, leaf))
+        return turns
 
     def _declare(self, leaf: Leaf) -> LeafDecl:
         """`digest` only where sharing is an assumption, and only of what exists."""
@@ -547,11 +494,14 @@ class Session:
             slots.flip(arena.memory, flip_at, slots.FILLED)
             self._last = key
             self.counts["captured"] += 1
-            self._link.tell(wire.Filled(step=step, slot=slot, gen=gen))
+            self._link.tell(wire.Filled(step=step, slot=slot, gen=gen, replicas=capture.hashes))
 
         lazy = bound.lazy
         sources, places_, names = [s for _, _, s in lazy], [d for _, d, _ in lazy], [leaf.name for leaf, _, _ in lazy]
-        self._copier.start(Capture(sources, places_, names, bound.cut, finish, self.settings.paranoid))
+        due = self._replicas.get(step % max(1, self.settings.check_replicas_every), ())
+        compared = [(key, live) for key, leaf in due if leaf.name not in self._torn and (live := leaf.resolve()) is not None]
+        capture = Capture(sources, places_, names, bound.cut, finish, self.settings.paranoid, compared)
+        self._copier.start(capture)
 
     def _tear(self, slot: int, step: int, torn: list[str]) -> None:
         """Copier's thread: something wrote while it was copied. The image is void; what moved is eager from now on."""
@@ -606,6 +556,8 @@ class Session:
                 self._chose(rung)
                 took_s = time.perf_counter() - began_s
                 log.info("rank %d: step %d restored from %s in %.2f s", self.rank, outcome.step, outcome.source, took_s)
+                if self.settings.parity and len(self._place.peers) > 1:
+                    self._take(outcome.step, patient=True)  # redundancy among the nodes of this attempt, before its first step is done
                 return replace(outcome, seconds=took_s)
             failures.append(f"step {rung.step} from {rung.source}: {outcome}")
             self._link.tell(wire.RestoreFailed(attempt=rung.attempt, step=rung.step, source=rung.source, why=outcome))
@@ -628,7 +580,7 @@ class Session:
     def _try(self, number: int, rung: Rung, *, strict: bool, timeout_s: float) -> Restored | str:
         """One rung: stage, meet, apply. Returns why it failed, the same on all ranks, or raises what is the caller's to mend."""
         source: restoring.Source | None = None
-        brought = _Staging()
+        brought = rounds.Staging()
         work: Wanted | None = None
         try:
             source = self._open(rung, timeout_s)
@@ -644,7 +596,7 @@ class Session:
             log.exception("staging step %d failed", rung.step)
             brought.error, brought.message = "Bug", f"rank {self.rank}: {type(e).__name__}: {e}"
         try:
-            decision = self._meeting.round(f"restore-{number}", msgspec.msgpack.encode(brought), _all_staged, timeout_s).decode()
+            decision = self._meeting.round(f"restore-{number}", msgspec.msgpack.encode(brought), rounds.all_staged, timeout_s).decode()
             if decision or source is None or work is None:
                 return decision
             cores = len(os.sched_getaffinity(0)) // self._place.local_count
@@ -765,66 +717,12 @@ class Session:
                 key = message.attempt, message.step
                 self._reached[message.state] = max(key, self._reached.get(message.state, key))
                 self._condition.notify_all()
+            if message.state.startswith("replicas differ"):
+                self.counts["replicas differ"] += 1
+                log.error("step %d: %s", message.step, message.state)
             if message.state.startswith("persist failed"):
                 self.counts["persist failed"] += 1
                 log.error("step %d: %s", message.step, message.state)
-
-
-class _PieceMessage(msgspec.Struct, array_like=True):
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    box: tuple[tuple[int, ...], tuple[int, ...]]
-    view: str
-
-
-class _Told(msgspec.Struct):
-    """What a rank brings to the planning: its leaves, or why it has none."""
-
-    error: str
-    message: str
-    remedy: str
-    leaves: list[LeafDecl]
-    coords: dict[str, int]
-    objects: list[str]
-    complete: bool
-
-
-class _Staging(msgspec.Struct):
-    """What a rank brings to the meeting between staging and applying."""
-
-    error: str = ""
-    message: str = ""
-    remedy: str = ""
-    unexpected: list[str] = []
-
-
-def _plan_for_all(brought: list[bytes]) -> list[bytes]:
-    """Rank 0: who stores what, the names that any rank has, one word for the mesh, and whether all leaves are known."""
-    told = [msgspec.msgpack.decode(b, type=_Told) for b in brought]
-    for t in told:
-        if t.error:
-            raise _error_of(t.error, t.message, t.remedy)
-    plan = plan_capture({r: t.leaves for r, t in enumerate(told)})
-    names = sorted({leaf.name for t in told for leaf in t.leaves} | {name for t in told for name in t.objects})
-    mesh, complete = mesh_digest([t.coords for t in told]), all(t.complete for t in told)
-    return [
-        msgspec.msgpack.encode(
-            ([_PieceMessage(p.name, p.dtype, p.shape, (p.box.start, p.box.extent), p.view) for p in plan[r]], names, mesh, complete)
-        )
-        for r in range(len(brought))
-    ]
-
-
-def _all_staged(brought: list[bytes]) -> list[bytes]:
-    """Rank 0: go on (b"") if every rank has staged; the caller's mistakes are raised, everything else sends all ranks down the ladder."""
-    outcomes = [msgspec.msgpack.decode(b, type=_Staging) for b in brought]
-    for o in outcomes:
-        if o.error and isinstance(_error_of(o.error, "", ""), UserError) and o.error != "NotFound":
-            raise _error_of(o.error, o.message, o.remedy)
-    failed = [o.message for o in outcomes if o.error]
-    why = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more ranks" if len(failed) > 3 else "")
-    return [why.encode()] * len(brought)
 
 
 def _at_exit(session: weakref.ref[Session], pid: int) -> None:
@@ -852,17 +750,6 @@ def _in_time(work: Callable[[], Any], timeout_s: float) -> Any:
         raise StoreFailed(msg, remedy="is its mount hung?") from e
 
 
-def _first_trouble(brought: list[bytes]) -> list[bytes]:
-    return [next((b for b in brought if b), b"")] * len(brought)
-
-
-def _error_of(name: str, message: str, remedy: str) -> CkptdError:
-    from ckptd import errors
-
-    kind: type[CkptdError] = getattr(errors, name, Lost)
-    return kind(message, remedy=remedy)
-
-
 def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
     *,
     model: ModelArg,
@@ -874,6 +761,7 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
     slots: int | None = None,
     parity: int | None = None,
     group_size: int | None = None,
+    check_replicas_every: int | None = None,
     keep_newest: int = 2,
     keep_every: int = 0,
     local: Iterable[str] = (),
@@ -893,6 +781,8 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
     $CKPTD_PERSIST_EVERY, $CKPTD_SLOTS, which `ckptd run` sets.
     parity, group_size: on several nodes, how many nodes of a group may be lost (default 1; 0: nodes do not protect each other), and how large groups
     are (default 8); $CKPTD_PARITY, $CKPTD_GROUP_SIZE.
+    check_replicas_every: what several ranks hold identically (DDP, HSDP, norms under TP) is hashed and compared once within so many steps, a share in each, and
+    a rank whose bytes differ from the others' is named as suspected silent corruption (default 50; 0: never; $CKPTD_CHECK_REPLICAS_EVERY).
     local: patterns of tensor names that every rank has for itself. paranoid: hash every source before and after its copy.
 
     Raises Unstorable (state that cannot be stored, by path), NotTiled (shards that do not tile), RanksMissing; and DaemonUnreachable or MemoryRefused
@@ -906,6 +796,7 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
         slots=slots if slots is not None else int(env.get("CKPTD_SLOTS", "0")),
         parity=parity if parity is not None else int(env.get("CKPTD_PARITY", groups.PARITY_DEFAULT)),
         group_size=group_size if group_size is not None else int(env.get("CKPTD_GROUP_SIZE", groups.SIZE_DEFAULT)),
+        check_replicas_every=check_replicas_every if check_replicas_every is not None else int(env.get("CKPTD_CHECK_REPLICAS_EVERY", replicas.EVERY)),
         keep_newest=keep_newest,
         keep_every=keep_every,
         local=tuple(local),

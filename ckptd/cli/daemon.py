@@ -18,6 +18,7 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--peer-host", default="127.0.0.1", metavar="ADDRESS", help="address for other nodes' daemons (default %(default)s)")
     p.add_argument("--peer-port", type=int, default=0, metavar="PORT", help="where to listen for them (default: where the last daemon here did, or any free port)")
     p.add_argument("--insecure-peers", action="store_true", help="allow --peer-host off loopback: peers are authenticated, but nothing is encrypted")
+    p.add_argument("--peer-rate", default="0", metavar="BYTES_PER_S", help="most bytes of images to send other nodes, such as 2GB (default: no limit)")
     p.add_argument("--linger-s", type=float, default=0.0, metavar="S", help="leave after S seconds without a client (default: never)")
     p.add_argument("--threads", type=int, default=2, metavar="N", help="threads for checksums and writing (default %(default)s)")
     p.add_argument("--persist-timeout-s", type=float, default=3600.0, metavar="S", help="give up persisting a step after S seconds (default %(default)s)")
@@ -39,6 +40,7 @@ def _label(text: str) -> tuple[str, str]:
 def run(args: argparse.Namespace) -> int:
     """Serve until told to leave."""
     from ckptd import daemon
+    from ckptd.cli.plan import parse_size
 
     daemon.run(
         daemon.Settings(
@@ -46,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
             peer_host=args.peer_host,
             peer_port=args.peer_port,
             insecure_peers=args.insecure_peers,
+            peer_rate_bytes_per_s=parse_size(args.peer_rate),
             linger_s=args.linger_s,
             threads=args.threads,
             persist_timeout_s=args.persist_timeout_s,

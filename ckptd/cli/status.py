@@ -143,6 +143,13 @@ class Group(msgspec.Struct):
     fragment_bytes: int = 0
 
 
+class Suspected(msgspec.Struct):
+    """Ranks that hold other bytes than their replicas."""
+
+    step: int
+    what: str
+
+
 class Job(msgspec.Struct):
     """A job, as `Daemon.status` tells it."""
 
@@ -157,6 +164,7 @@ class Job(msgspec.Struct):
     persisted: Key | None = None
     group: Group | None = None
     store: str = ""
+    suspected: list[Suspected] = []
     counters: dict[str, int] = {}
 
 
@@ -299,6 +307,7 @@ def _job_lines(name: str, job: Job) -> list[str]:
         "  since the daemon knows this job: "
         + (", ".join(f"{n} {what.replace('_', ' ')}" for what, n in job.counters.items()) or "-")
     )
+    lines += [f"  SUSPECTED at step {s.step}: {show.plain(s.what)}" for s in job.suspected]
     lines.append(f"  if every trainer of this node died now: {show.plain(if_trainers_die(job).text)}")
     lines.append(f"  if this node died now: {show.plain(if_node_dies(job).text)}")
     return lines

@@ -11,17 +11,25 @@ Remote (TCP): daemons talk to daemons. `Blocks` is followed by `bytes` raw bytes
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from ckptd.core.ladder import Holding, Key, Remains
-from ckptd.core.rendezvous import Beat, Roster, Wish
-from ckptd.errors import PeerFailed
+from ckptd.core.rendezvous import NODES_MAX, Beat, Roster, Text, Wish
+from ckptd.errors import NotFound, PeerFailed
 
 PROTOCOL = 3
 MESSAGE_BYTES_MAX = 16 << 20
 """The longest message holds the checksums of an image: 16 MiB are those of one TiB."""
+
+
+REQUEST_BYTES_MAX = 2 << 20
+"""Of what a daemon is sent by clients."""
+RANGES_MAX = 1 << 17
+"""Of blocks in one Ensure: as many as in 256 GiB, none beside another."""
+LABELS_MAX, REPLICAS_MAX = 16, 1 << 14
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -69,7 +77,7 @@ class Join(Request, frozen=True, kw_only=True):
     world_size: int
     local_count: int
     node: int
-    peers: list[str]
+    peers: Annotated[list[Text], Meta(max_length=NODES_MAX)]
     """Peer addresses of the job's daemons, by node."""
     image_bytes: int
     """Bytes a slot must hold; 0 when rejoining."""
@@ -80,7 +88,7 @@ class Join(Request, frozen=True, kw_only=True):
     parity: int = 0
     """How many nodes of a group may be lost; 0: nothing is protected."""
     group_size: int = 8
-    labels: list[dict[str, str]] = []
+    labels: Annotated[list[Annotated[dict[Text, Text], Meta(max_length=LABELS_MAX)]], Meta(max_length=NODES_MAX)] = []
     """Failure domains, by node."""
     protected: Key | None = None
     """When rejoining: the newest PROTECTED step that this rank heard of."""
@@ -124,7 +132,7 @@ class Ensure(Request, frozen=True, kw_only=True):
     """Have these blocks present and verified in the opened image. Answer: Done."""
 
     image: str
-    blocks: list[tuple[int, int]]
+    blocks: Annotated[list[tuple[int, int]], Meta(max_length=RANGES_MAX)]
     """[first, last) block numbers."""
 
 
@@ -145,6 +153,21 @@ class Entered(Message, frozen=True, kw_only=True):
     id: int
     address: str
     """Where other nodes reach this one's daemon."""
+
+
+def image_id(m: Open) -> str:
+    """What Opened and Ensure call the image that was asked for."""
+    return f"{m.attempt}/{m.step}/{m.rank}/{m.job}"
+
+
+def parse_image_id(image: str) -> tuple[str, int, int, int]:
+    """(job, attempt, step, rank). Raises NotFound."""
+    try:
+        attempt, step, rank, job = image.split("/", 3)
+        return job, int(attempt), int(step), int(rank)
+    except ValueError as e:
+        msg = f"{image!r} names no image"
+        raise NotFound(msg) from e
 
 
 class Forget(Request, frozen=True, kw_only=True):
@@ -187,11 +210,12 @@ class Refused(Message, frozen=True, kw_only=True):
 
 
 class Filled(Message, frozen=True, kw_only=True):
-    """A slot's header says FILLED."""
+    """A slot's header says FILLED. `replicas`: hashes of some of what other ranks hold too (core/replicas.py)."""
 
     step: int
     slot: int
     gen: int
+    replicas: Annotated[dict[Text, int], Meta(max_length=REPLICAS_MAX)] = {}
 
 
 class Skipped(Message, frozen=True, kw_only=True):
@@ -294,7 +318,7 @@ class PeerHello(Message, frozen=True, kw_only=True):
 
 
 class PeerNews(Message, frozen=True, kw_only=True):
-    """Something of the life of a snapshot, as in core.node.TellPeers; `digests` by rank with a part of PERSIST."""
+    """Something of the life of a snapshot, as in core.node.TellPeers, or "replicas"; `digests` by rank with a part of PERSIST."""
 
     job: str
     attempt: int
@@ -304,6 +328,8 @@ class PeerNews(Message, frozen=True, kw_only=True):
     errand: str = ""
     after: Key | None = None
     digests: dict[int, bytes] = {}
+    replicas: dict[int, dict[str, int]] = {}
+    """With "replicas", to node 0 before "sealed": rank -> what it said."""
 
 
 class PeerBeat(Message, frozen=True, kw_only=True):
@@ -364,10 +390,15 @@ LOCAL = (
     Hello | Welcome | Join | Granted | Open | Opened | Ensure | Enter | Entered | Gathered | Regroup | Closed | Forget | Status | Report | Shutdown | Done | Refused
     | Filled | Skipped | Persist | Chose | RestoreFailed | HandBack | Kept | Dropped | Reached
 )  # fmt: skip
+TO_DAEMON = (
+    Hello | Join | Open | Ensure | Enter | Forget | Status | Shutdown | Filled | Skipped | Persist | Chose | RestoreFailed | HandBack | Closed
+)
+"""What a daemon takes from a client: none of it is long, and what it says itself is not decoded again."""
 REMOTE = Knock | Prove | PeerHello | PeerNews | PeerBeat | Describe | Described | List | Listed | Fetch | Blocks | Refused
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODERS = {"local": msgspec.msgpack.Decoder(LOCAL), "remote": msgspec.msgpack.Decoder(REMOTE)}
+_DECODERS = {"local": msgspec.msgpack.Decoder(LOCAL), "daemon": msgspec.msgpack.Decoder(TO_DAEMON), "remote": msgspec.msgpack.Decoder(REMOTE)}
+_BYTES_MAX = {"daemon": REQUEST_BYTES_MAX}
 
 
 def encode(message: Message) -> bytes:
@@ -380,7 +411,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(body: bytes | bytearray | memoryview, kind: str) -> Any:
-    """The message in a frame's body; `kind` is "local" or "remote". Raises PeerFailed."""
+    """The message in a frame's body; `kind` is "local", "daemon" (local, for a daemon's ears) or "remote". Raises PeerFailed."""
     try:
         return _DECODERS[kind].decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
@@ -388,11 +419,11 @@ def decode(body: bytes | bytearray | memoryview, kind: str) -> Any:
         raise PeerFailed(msg) from e
 
 
-def frame_length(head: bytes | bytearray | memoryview) -> int:
+def frame_length(head: bytes | bytearray | memoryview, bytes_max: int = MESSAGE_BYTES_MAX) -> int:
     """The length in a frame's first four bytes. Raises PeerFailed if it is out of bounds."""
     length = int.from_bytes(head[:4], "little")
-    if not 0 < length <= MESSAGE_BYTES_MAX:
-        msg = f"a frame of {length} bytes is out of bounds (1 to {MESSAGE_BYTES_MAX})"
+    if not 0 < length <= bytes_max:
+        msg = f"a frame of {length} bytes is out of bounds (1 to {bytes_max})"
         raise PeerFailed(msg)
     return length
 
@@ -401,14 +432,14 @@ class Framer:
     """Bytes in, messages out. Holds at most one unfinished frame."""
 
     def __init__(self, kind: str) -> None:
-        self._kind = kind
+        self._kind, self._bytes_max = kind, _BYTES_MAX.get(kind, MESSAGE_BYTES_MAX)
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Any]:
         """Messages that `data` completes. Raises PeerFailed; the connection is then of no more use."""
         self._buffer += data
         while len(self._buffer) >= 4:
-            end = 4 + frame_length(self._buffer)
+            end = 4 + frame_length(self._buffer, self._bytes_max)
             if len(self._buffer) < end:
                 return
             body = bytes(self._buffer[4:end])

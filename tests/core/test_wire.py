@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptd.core import wire
+from ckptd.core import rendezvous, wire
 from ckptd.core.ladder import Holding, Key, Remains
+from ckptd.core.rendezvous import Beat, Proposal, Roster, Vote, Wish
 from ckptd.core.stripes import Member
 from ckptd.errors import PeerFailed
 
@@ -23,6 +24,9 @@ EXAMPLES = {
     list[tuple[int, int, str]]: [(1, 2, "memory")], list[str]: ["a:1", ""], list[tuple[int, int]]: [(0, 3)],
     dict[str, typing.Any]: {"x": [1, {"y": None}]}, dict[int, bytes]: {3: b"abc"}, dict[str, str]: {"rack": "r1"},
     list[dict[str, str]]: [{"rack": "r1"}, {}], Key | None: (3, 4), list[tuple[int, int, bytes]]: [(1, 2, b"x")],
+    dict[str, int]: {"w": 2**64 - 1}, dict[int, dict[str, int]]: {2: {"w": 0}}, Wish: Wish(seeds=("a:1", "b:2"), nodes_max=3),
+    Roster: Roster(3, (rendezvous.Member("a:1", "x", 2),)),
+    Beat: Beat(rendezvous.Member("a:1", "x"), 1, "waiting", 0, 3, (), Vote((1, "x")), Proposal((2, "y")), ("y",), ("b:1",), closed=False),
     Remains | None: Remains(1, (Member(((0, 5), (1, 6))), Member()), {1: 0}, {1: 2}),
 }  # fmt: skip
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 
 from ckptd.core import wire
 from ckptd.storage import checkpoint, open_store
-from tests.daemon.rig import JOB, Peer, Refusal, Trainer, image_of, until
+from tests.daemon.rig import JOB, ROOT, Peer, Refusal, Trainer, image_of, until
 
 
 def pair(rig, names=("a", "b"), **options) -> list[Trainer]:
@@ -181,8 +184,8 @@ def test_what_a_peer_does_not_have(rig):
     assert time.perf_counter() - began < 5
 
 
-def liar(answers):
-    """A peer that says what it likes: (address, thread)."""
+def liar(answers, then=lambda peer: None):
+    """A peer that says what it likes: (address, server)."""
     import threading
 
     server = socket.create_server(("127.0.0.1", 0))
@@ -199,6 +202,7 @@ def liar(answers):
                         for answer in answers:
                             peer.receive()
                             peer.send(answer)
+                        then(peer)
                     except OSError:
                         pass
         except OSError:
@@ -229,6 +233,75 @@ def test_a_peer_that_lies_about_an_image(rig, described):
         with pytest.raises(Refusal, match="PeerFailed"):
             t.ask(wire.Open, timeout_s=5, job=JOB, attempt=1, step=1, rank=1, node=1)
         until(lambda: len(os.listdir(f"/proc/{rig.daemons['a'].pid}/fd")) <= fds, what="descriptors leak")
+
+
+def test_peers_that_stop_in_the_middle_cost_nobody_else(rig):
+    """More of them than a daemon has threads for byte work."""
+    start(rig, "a", "b")
+    peers = [rig.client(n).status()["peer_address"] for n in "ab"]
+    described = wire.Described(image_bytes=3 << 20, digests=bytes(48))
+    stuck = [liar([described], then=lambda peer: (peer.receive(), peer.send(wire.Blocks(bytes=3 << 20)), peer.sock.sendall(bytes(1000)), time.sleep(8))) for _ in range(4)]
+    every = [*peers, *(address for address, _ in stuck)]
+    a, b = (rig.trainer(n, i, world=2, local=1, node=i, peers=every, nbytes=3 << 20) for i, n in enumerate("ab"))
+    for t in (a, b):
+        t.fill(1)
+    until(lambda: a.steps() and b.steps())
+    waiting = [rig.client("a") for _ in stuck]
+    for number, c in enumerate(waiting):
+        c.ask(wire.Hello, job=JOB, role="cli")
+        opened = c.ask(wire.Open, job=JOB, attempt=1, step=1, rank=10 + number, node=2 + number)
+        os.close(c.pipe.take_fd())
+        c.send(wire.Ensure(id=9, image=opened.image, blocks=[(0, 3)]))
+    time.sleep(0.3)
+    opened, fd = open_at(a, 1, 1)
+    os.close(fd)
+    began = time.perf_counter()
+    a.ask(wire.Ensure, image=opened.image, blocks=[(0, 4)])
+    a.fill(2)
+    until(lambda: (1, 2) in a.steps())
+    assert time.perf_counter() - began < 3
+    assert not any(getattr(m, "id", 0) == 9 for c in waiting for m in c.inbox)
+    rig.kill("a", signal.SIGTERM)  # and it leaves at once, whoever it waits for
+    assert time.perf_counter() - began < 6
+    for _, server in stuck:
+        server.close()
+
+
+def test_no_more_bytes_are_sent_than_the_rate_allows(rig):
+    rig.start("a", "--peer-rate", "40MB")
+    rig.start("b")
+    a, b = pair(rig, nbytes=24 << 20)
+    step_of([a, b], 1)
+    took = {}
+    for reader, rank in ((a, 1), (b, 0)):
+        opened, fd = open_at(reader, rank, rank)
+        with mmap.mmap(fd, opened.image_bytes, prot=mmap.PROT_READ) as m:
+            os.close(fd)
+            began = time.perf_counter()
+            reader.ask(wire.Ensure, image=opened.image, blocks=[(0, 25)])
+            took[rank] = time.perf_counter() - began
+            assert m[:] == image_of(1, rank, 2, 24 << 20)
+    print(f"24 MiB at 40 MB/s: {took[0]:.2f} s; without a limit {took[1]:.2f} s")
+    assert (18 << 20) / 40e6 < took[0] < 5, "a burst and the last answer are not waited for"
+    assert took[1] < took[0]
+
+
+def test_a_rate_that_peers_would_not_wait_for_is_refused(rig):
+    for rate in ("100kB", "much"):
+        done = daemon_of(rig, "--peer-rate", rate)
+        assert done.returncode == 10
+        assert "remedy" in done.stderr
+
+
+@pytest.mark.parametrize(("host", "seen"), [("127.0.0.1", "127.0.0.1"), ("127.0.0.2", "127.0.0.2")])
+def test_a_daemon_dials_from_the_address_that_it_listens_on(rig, host, seen):
+    rig.start("a", "--peer-host", host)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        rig.trainer("a", 0, world=2, local=1, node=0, peers=["", f"127.0.0.1:{server.getsockname()[1]}"])
+        sock, (address, _) = server.accept()
+        sock.close()
+    assert address == seen
 
 
 # --- the durable tier
@@ -375,17 +448,17 @@ def test_addresses_that_are_none_do_not_kill_the_link_of_a_job(rig):
     assert "Traceback" not in rig.log("a")
 
 
-@pytest.mark.parametrize(("host", "why"), [("192.0.2.1", "--insecure-peers"), ("0.0.0.0", "remedy"), ("localhost", "remedy")])
-def test_only_loopback_without_being_told(rig, host, why):
-    import subprocess
-    import sys
-
-    from tests.daemon.rig import ROOT
-
-    done = subprocess.run(
-        [sys.executable, "-m", "ckptd.cli.main", "daemon", "--dir", str(rig.directory("x")), "--peer-host", host],
+def daemon_of(rig, *options):
+    """One that does not come up."""
+    return subprocess.run(
+        [sys.executable, "-m", "ckptd.cli.main", "daemon", "--dir", str(rig.directory("x")), *options],
         capture_output=True, text=True, timeout=20, env=os.environ | {"PYTHONPATH": ROOT}, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("host", "why"), [("192.0.2.1", "--insecure-peers"), ("0.0.0.0", "remedy"), ("localhost", "remedy")])
+def test_only_loopback_without_being_told(rig, host, why):
+    done = daemon_of(rig, "--peer-host", host)
     assert done.returncode == 10
     assert why in done.stderr
 

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import signal
+import threading
 import time
 
 import msgspec
@@ -13,6 +14,7 @@ import pytest
 
 from ckptd.core import wire
 from ckptd.core.ladder import guarded, rungs
+from ckptd.protect import FRAGMENT_SLOTS, GROWTH, WALK_BYTES_MAX
 from tests.daemon.rig import JOB, Refusal, image_of, until
 
 MB = 1 << 20
@@ -146,6 +148,71 @@ def test_memory_of_parity_is_m_of_k(rig):
     print(f"parity of 24 MB images in a group of 4: {per_slot / MB:.1f} MB a slot, {per_slot / (24 * MB):.3f} of an image")
     assert per_slot < 24 * MB / 3 * 1.25, "a third, room to grow, and headers"
     assert status["parity"] == 1 and list(status["members"]) == [0, 1, 2, 3] and status["degraded"] == ""
+
+
+def resident(pid):
+    """A process's anonymous memory."""
+    with open(f"/proc/{pid}/status") as f:
+        return next(int(line.split()[1]) << 10 for line in f if line.startswith("RssAnon"))
+
+
+@contextlib.contextmanager
+def peaks(rig, names):
+    """At the end: by how much each daemon's anonymous memory grew at most."""
+    pids = {n: rig.daemons[n].pid for n in names}
+    before, most, stop = {n: resident(p) for n, p in pids.items()}, dict.fromkeys(names, 0), threading.Event()
+
+    def watch():
+        while not stop.wait(0.002):
+            for n, p in pids.items():
+                most[n] = max(most[n], resident(p) - before[n])
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_protecting_and_decoding_hold_a_bounded_part_of_the_images(rig):
+    """160 MB each: what a walk holds does not grow with them. The interpreter's own objects, and its threads', are a few MB."""
+    own = 4 * MB
+    trainers = cluster(rig, 3, parity=1, nbytes=160 * MB)
+    protected(trainers, 1)  # code is loaded, pools have their threads
+    for t in trainers:
+        t.fill(2)
+    with peaks(rig, ["n0", "n1", "n2"]) as protecting:
+        for t in trainers:
+            t.reached("protected", 2, 60)
+    rig.kill("n2")
+    again = survivors(rig, ["n0", "n1"])
+    (best, *_) = ladder_of(again)
+    with peaks(rig, ["n0", "n1"]) as decoding:
+        assert read(again[0], best, 2) == image_of(2, 2, 3, 160 * MB + 2000)
+    found = {"protecting": protecting, "decoding": decoding}
+    print("grew by at most, MB:", {what: [round(b / MB, 1) for b in most.values()] for what, most in found.items()})
+    for what, most in found.items():
+        assert max(most.values()) <= WALK_BYTES_MAX + own, f"{what} holds more of the images than its buffers"
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 1), (4, 1), (5, 2)])
+def test_what_parity_costs_is_resident_memory_of_m_of_k(rig, n, m):
+    nbytes = 48 * MB
+    trainers = cluster(rig, n, parity=m, nbytes=nbytes)
+    protected(trainers, 1)
+    protected(trainers, 2)
+    resident_bytes = []
+    for i in range(n):
+        base = f"/proc/{rig.daemons[f'n{i}'].pid}/fd"
+        found = {os.stat(f"{base}/{fd}").st_ino: os.stat(f"{base}/{fd}").st_blocks * 512 for fd in os.listdir(base) if f"ckptd:{JOB}:-1" in os.readlink(f"{base}/{fd}")}
+        assert len(found) == 1, "one arena"
+        resident_bytes.append(sum(found.values()) / FRAGMENT_SLOTS)
+    share = m / (n - m)
+    print(f"({n},{m}): {max(resident_bytes) / nbytes:.3f} of an image is resident for a fragment, the least is {share:.3f}")
+    for got in resident_bytes:
+        assert share * nbytes <= got <= (share * nbytes + m * MB) * (1 + 1 / GROWTH) + MB, "parity, room to grow, and headers"
 
 
 def test_the_protected_step_stays_until_a_newer_one_is(rig):
@@ -329,6 +396,8 @@ def test_many_who_open_at_once_share_one_guest(rig):
     again = survivors(rig, ["n0", "n1", "n3"])
     (best, *_) = ladder_of(again)
     clients = [rig.client("n3") for _ in range(8)]
+    for c in clients:
+        c.ask(wire.Hello, job=JOB, role="cli")
     for c in clients:
         c.send(wire.Open(id=7, **open_of(best, 2)))
     for c in clients:

@@ -26,7 +26,7 @@ def place(tmp_path):
         stop_daemon(tmp_path / name)
 
 
-def live(place: Path, nodes: list[int], *, start: int, steps: int, persist: bool = False, parity: int = 0):
+def live(place: Path, nodes: list[int], *, start: int, steps: int, persist: bool = False, parity: int = 0, after=None):
     """Ranks under daemon d<nodes[rank]>; restores, trains, and says what it holds, step by step."""
 
     def work(rank):
@@ -51,6 +51,8 @@ def live(place: Path, nodes: list[int], *, start: int, steps: int, persist: bool
         if persist:
             session.persist(start + steps)
             assert session.wait("persisted", start + steps, timeout_s=20)
+        if after is not None:
+            after(session)
         session.close()
         whole = [float(p.full_tensor().detach().double().sum()) for p in model.parameters()]
         whole += [float(s["exp_avg"].full_tensor().double().sum()) for s in optimizer.state.values()]
@@ -106,3 +108,17 @@ def test_two_losses_one_after_the_other(place):
     stop_daemon(place / "d0")
     last = live(place, [1, 2], start=3, steps=0, parity=1)
     assert [s for s, _ in last] == ["memory"] * 2
+
+
+def test_two_losses_without_a_step_between_them(place):
+    """A restore is followed by a snapshot of what was restored, protected by the nodes that are left: it is rebuilt before any step is made."""
+
+    def rest(session):
+        assert session.wait("protected", 2, timeout_s=20), session.status()
+
+    live(place, [0, 1, 2, 3], start=0, steps=2, parity=1)
+    stop_daemon(place / "d3")
+    first = live(place, [0, 1, 2], start=2, steps=0, parity=1, after=rest)
+    stop_daemon(place / "d0")
+    last = live(place, [1, 2], start=2, steps=0, parity=1, after=rest)
+    assert last[0] == ["memory", first[0][1]]
