@@ -508,7 +508,8 @@ class Node:
         if known is not None and known.ref == e.ref:
             return
         full = snapshot is not None and len(snapshot.images) >= snapshot.local_count
-        if key in job.doomed or known is not None or full or self._obsolete(job, key):
+        doomed = key in job.doomed and key not in job.fragments
+        if doomed or known is not None or full or self._obsolete(job, key):
             yield Release(e.ref)
         else:
             if snapshot is None:
@@ -747,13 +748,13 @@ class Node:
             yield Release(job.fragments.pop(key)[0])
 
     def _doom(self, job: Job, key: Key, now_s: float, *, tell: bool) -> Iterator[Action]:
-        """A rank will never have it: release it, here and (`tell`) everywhere."""
+        """A rank will never have it: release it, here and (`tell`) everywhere. A peer that lost what has parity here (damage) is a lost member, no more."""
         job.doomed[key] = None
         while len(job.doomed) > DOOMED_KEPT:
             job.doomed.popitem(last=False)
         job.peers_sealed.pop(key, None)
         job.counters.skipped += 1
-        if key in job.snapshots:
+        if key in job.snapshots and (tell or key not in job.fragments):
             yield from self._drop(job, job.snapshots[key])
         yield TellRanks(job.name, *key, "skipped")
         if tell and job.nodes > 1:
@@ -785,7 +786,7 @@ class Node:
         state = job.errands[errand]
         if job.node != 0 or state.key is not None or any(errand in s.since_s for s in job.snapshots.values()):
             return
-        keys = [k for k, s in job.snapshots.items() if s.state != FILLING and k[0] == job.attempt]
+        keys = [k for k, s in job.snapshots.items() if s.state != FILLING and k[0] == job.attempt and k not in job.doomed]
         if errand == PROTECT:
             tried = max((k for k in (state.told, state.done) if k is not None), default=None)
             ready = job.protect and len(job.joined) >= job.local_count  # before that a rank may know of a PROTECTED step, and we do not
