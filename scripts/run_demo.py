@@ -22,7 +22,9 @@ import xxhash
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.train.harness import Job, daemon_pid, stop_daemon  # noqa: E402  the harness that the tests drive real jobs with
+from tests.train.cluster import Cluster  # noqa: E402  several nodes on one machine, and the harness: what the tests drive real jobs with
+from tests.train.elastic_job import reference  # noqa: E402
+from tests.train.harness import Job, daemon_pid, stop_daemon  # noqa: E402
 
 LAYOUTS = [("DDP on 1", "ddp", 1), ("FSDP2 on 2", "fsdp", 2), ("FSDP2 on 3", "fsdp", 3), ("TP 2 x FSDP 2", "tp_fsdp", 4), ("PP 2 x FSDP 2", "pp_fsdp", 4)]
 MODEL = ["--width", "96", "--layers", "4", "--batch", "12", "--context", "48"]
@@ -80,6 +82,29 @@ def assemble(images: Path) -> dict[str, str]:
             whole[tuple(slice(s, s + e) for s, e in zip(start, extent, strict=True))] = np.frombuffer(data, kinds[dtype]).reshape(extent)
         hashes[name] = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(whole).tobytes()) if whole.size else "empty"
     return hashes
+
+
+def lose_a_node(work: Path) -> tuple[tuple[str, ...], bool]:
+    """Four nodes (addresses of their own, a launcher, a daemon and a rank each); the one where they met is killed; the others go on, from memory."""
+    steps = 60
+    with Cluster(work / "nodes", 4, steps=steps, pace_s=0.15, parity=1) as nodes:
+        nodes.start()
+        nodes.await_world(4, 0.0)
+        reached = nodes.await_step(nodes.step() + 5)
+        say(f"SIGKILL for everything on node 0 (launcher, rank, daemon; the others met there), at step {reached}")
+        killed = nodes.nodes[0].kill()
+        first = nodes.await_world(3, killed)
+        restored = nodes.events("restored")[-1]
+        lost = max(e["step"] for e in nodes.events("step") if e["t"] < killed) - restored["step"]
+        seconds = first["t"] - killed
+        say(f"3 nodes go on from step {restored['step']} out of each other's memory, {seconds:.1f} s after the kill")
+        codes = nodes.wait()
+        truth = reference(steps)
+        said = [e for e in nodes.events() if e.get("digest")]
+        same = all(e["digest"] == truth[e["step"]] for e in said) and nodes.step() == steps and codes[1:] == [0, 0, 0]
+        say(f"finished; all {len(said)} digests of weights, moments and data position {'equal' if same else 'DIFFER FROM'} those of a run on one rank without ckptd")
+    ok = same and restored["source"] == "memory" and lost <= 1
+    return ("node 0 of 4 killed", str(max(0, lost)), f"{seconds:.1f}", f"step {restored['step']} from {restored['source']}, on 3 nodes"), ok
 
 
 def step_time(job: Job) -> float:
@@ -164,6 +189,10 @@ def main() -> int:
             rows.append((f"restored as {title}", "0", f"{max(took, default=0):.2f}", "disk, bit-equal" if equal else "DIFFERS"))
             ok &= equal
         without, with_ = step_time(plain), step_time(job)
+        say("four nodes that protect each other (parity 1): the same script under one `ckptd run` each")
+        row, held = lose_a_node(work)
+        rows.insert(3, row)
+        ok &= held
     finally:
         stop_daemon(work / "d")
         if a.keep:
