@@ -34,7 +34,7 @@ from ckptd.errors import BadArgument
 BEAT_S = 0.25
 LOST_S = 4.0
 """A member that was not heard for this long is gone. A daemon that dies is replaced within about a second, and a loaded machine is late by less."""
-REFUSED_S = 1.5
+REFUSED_S = 1.0
 """The same, where its address refuses connections while others wait: its daemon is dead, by its kernel's own word."""
 LATE_S = 30.0
 """A member that is heard, and whose agent does not come while all others wait."""

@@ -125,6 +125,16 @@ class Cluster:
         found = [json.loads(line) for line in lines if line.endswith("}")]
         return [e for e in found if what in (None, e["what"])]
 
+    def started(self, after_t: float) -> float:
+        """When the last of the workers that are of the newest generation was started, on any node."""
+        found = []
+        for node in self.nodes:
+            path = self.tmp / f"trace{node.number}.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            marks = [json.loads(line) for line in lines if '"workers started"' in line and line.endswith("}")]
+            found += [m["t"] for m in marks[-1:] if m["t"] > after_t]
+        return max(found)
+
     def step(self) -> int:
         return max((e["step"] for e in self.events("step")), default=0)
 
