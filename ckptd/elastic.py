@@ -21,7 +21,6 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -285,11 +284,6 @@ def handler(params: RendezvousParameters) -> Handler:
     check_secret(wish.host, file)
     secret = secret_from(file, job)
     return Handler(job, wish, secret, directory=os.environ.get("CKPTD_DIR"), join_timeout_s=float(params.get("join_timeout", JOIN_TIMEOUT_S)))
-
-
-def plugin() -> Callable[[RendezvousParameters], Handler]:
-    """The entry point: torch elastic calls what this returns."""
-    return handler
 
 
 def _free_port() -> int:

@@ -35,7 +35,7 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import Subproc
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError, rendezvous_handler_registry
 from torch.distributed.launcher import api as launcher_api
 
-from ckptd import elastic, spawn
+from ckptd import elastic, plugin, spawn
 from ckptd.channel import Pipe, connect, socket_path
 from ckptd.core import wire
 from ckptd.errors import BadArgument, CkptdError, DaemonUnreachable
@@ -348,7 +348,7 @@ def run(args: argparse.Namespace) -> int:
         "CKPTD_PARITY": "" if args.parity is None else str(args.parity), "CKPTD_GROUP_SIZE": args.group_size or "", "CKPTD_KEPT": "1", "CKPTD_DIR": args.dir, "CKPTD_PRELOAD": ",".join(args.preload),
     }  # fmt: skip
     os.environ.update({k: str(v) for k, v in settings.items() if v})
-    rendezvous_handler_registry.register(elastic.BACKEND, elastic.handler)
+    rendezvous_handler_registry.register(elastic.BACKEND, plugin.handler)
     keeper = Keeper(job, args.dir, args.linger_s, options)
     keeper.start()
     standbys = Standbys(config.nproc_per_node if args.standby is None else args.standby)

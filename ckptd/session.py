@@ -499,7 +499,7 @@ class Session:
         lazy = bound.lazy
         sources, places_, names = [s for _, _, s in lazy], [d for _, d, _ in lazy], [leaf.name for leaf, _, _ in lazy]
         due = self._replicas.get(step % max(1, self.settings.check_replicas_every), ())
-        compared = [(key, live) for key, leaf in due if leaf.name not in self._torn and (live := leaf.resolve()) is not None]
+        compared = [(key, state.local_of(live)) for key, leaf in due if leaf.name not in self._torn and (live := leaf.resolve()) is not None]
         capture = Capture(sources, places_, names, bound.cut, finish, self.settings.paranoid, compared)
         self._copier.start(capture)
 

@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "arena",
         "storage",
         "monitor",
-        "channel notify trace transport peers members persist held protect elastic capture state binding meeting rounds link spawn restore wanted",
+        "channel notify trace transport peers members persist held protect elastic plugin capture state binding meeting rounds link spawn restore wanted",
         "session launch standby",
         "daemon convert",
         "cli",

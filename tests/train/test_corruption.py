@@ -76,3 +76,36 @@ def test_a_devices_own_hash_sees_every_bit(dtype):
     swapped = t.clone()
     swapped[[0, 1]] = swapped[[1, 0]]
     assert int(sum_of(swapped)) != before
+
+
+def test_sharded_replicas_are_compared_too(tmp_path):
+    """HSDP: each shard is held by two ranks; and a tensor that cannot be hashed costs no snapshot (it did)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def work(rank):
+        os.environ |= {"CKPTD_DIR": str(tmp_path / "d0"), "LOCAL_RANK": str(rank)}
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 33), nn.Linear(33, 5))
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "shard")))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        session = ckptd.attach(model=model, optimizer=optimizer, job="hsdp", required=True, check_replicas_every=1)
+        session.restore()
+        for step in range(1, 5):
+            model(torch.ones(4, 6)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if rank == 3 and step == 3:
+                with torch.no_grad():
+                    model[1].weight.to_local().view(torch.int32)[0, 0] ^= 1
+            session.step(step)
+            assert session.wait("committed", step, timeout_s=20), session.status()
+        counts = session.status()["counts"]
+        session.close()
+        return [counts.get("replicas differ", 0), counts.get("skipped", 0)]
+
+    try:
+        found = ranks(4, work)
+    finally:
+        stop_daemon(tmp_path / "d0")
+    assert found[0][0] > 0 and [skipped for _, skipped in found] == [0, 0, 0, 0]
