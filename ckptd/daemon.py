@@ -179,9 +179,11 @@ class Daemon:
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, self._leave.set)
         notify.notify(f"READY=1\nSTATUS=serving {path}")
-        wrong = await self._in_pool(parity.self_test)  # tens of milliseconds; training starts meanwhile
-        for what in wrong:
-            self._failed("self-test", Bug(what))
+        try:
+            for what in await self._in_pool(parity.self_test):  # tens of milliseconds; training starts meanwhile
+                self._failed("self-test", Bug(what))
+        except Exception as e:  # noqa: BLE001  out of descriptors or memory: no reason to leave
+            self._failed("self-test", e)
         log.info("parity by %s; serving %s, peers at %s, %d arenas adopted", parity.KERNELS[0], path, self.peers.address, len(self.arenas))
         try:
             await self._tick_until_told()

@@ -496,12 +496,15 @@ def judge_parity(kernels: Sequence[str], wrong: Sequence[str], rates: dict[str, 
 def _entry(_: argparse.Namespace) -> Finding:
     found = [e.value for e in importlib.metadata.entry_points(group=HANDLERS) if e.name == HANDLER]
     places = dict.fromkeys(str(d.locate_file("")) for d in importlib.metadata.distributions(name="ckptd"))
-    return judge_entry(found, list(places))
+    first = next(iter(importlib.metadata.distributions(name="ckptd")), None)
+    fresh = first is not None and any(e.group == HANDLERS and e.name == HANDLER for e in first.entry_points)
+    return judge_entry(found, list(places), fresh=fresh)
 
 
-def judge_entry(found: Sequence[str], places: Sequence[str]) -> Finding:
-    """How torchrun finds its backend "ckptd". `places`: where ckptd's metadata lie; the first is the one that counts."""
-    if found and len(places) == 1:
+def judge_entry(found: Sequence[str], places: Sequence[str], *, fresh: bool = False) -> Finding:
+    """How torchrun finds its backend "ckptd". `places`: where ckptd's metadata lie; the first is the one that counts, and is `fresh` if it tells of the backend (an
+    editable install leaves such a one beside the sources)."""
+    if found and (len(places) == 1 or fresh):
         return Finding(OK, f"torchrun finds backend {HANDLER!r}: {found[0]}")
     lost = "" if found else "; torchrun --rdzv-backend ckptd does not work"
     if len(places) > 1:

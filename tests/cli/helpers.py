@@ -21,10 +21,10 @@ ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-W", "error", "-m", "ckptd.cli.main"]
 
 
-def ckptd(*args, timeout=30, **env) -> subprocess.CompletedProcess[str]:
+def ckptd(*args, timeout=30, cwd=ROOT, **env) -> subprocess.CompletedProcess[str]:
     """`ckptd ARGS`, to its end."""
     return subprocess.run(
-        [*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=os.environ | env
+        [*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=timeout, cwd=cwd, env=os.environ | env
     )
 
 
