@@ -145,7 +145,7 @@ class Handler(RendezvousHandler):
         while self.roster.epoch == before:
             now_s = time.monotonic()
             if now_s > until_s:
-                msg = f"no rendezvous of job {self._job!r} within {self._join_timeout_s:.0f} s: see `ckptd status` for the nodes that this one hears"
+                msg = f"no rendezvous of job {self._job!r} within {self._join_timeout_s:.0f} s: `ckptd status --json` says which nodes this one hears, under rendezvous"
                 raise RendezvousTimeoutError(msg)
             if now_s - said_s > SILENT_S:
                 said_s = now_s

@@ -138,7 +138,7 @@ class Bulk:
         self.address = line.address
         self._line, self._sends, self._receives = line, sends, receives
         limit = struct.pack("ll", int(ANSWER_TIMEOUT_S), 0)  # the kernel keeps the deadlines: no call but the one that moves the bytes
-        line.sock.setblocking(True)  # noqa: FBT003
+        line.sock.setblocking(True)  # noqa: FBT003  the socket module's own signature
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             line.sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
@@ -267,7 +267,7 @@ async def _connect(host: str, port: int, source: str) -> socket.socket:
         family, _, _, _, where = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.setblocking(False)  # noqa: FBT003
+        sock.setblocking(False)  # noqa: FBT003  the socket module's own signature
         if source:
             sock.bind((source, 0))
         await loop.sock_connect(sock, where)
