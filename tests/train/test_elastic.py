@@ -188,3 +188,12 @@ def test_seeded_schedules_of_node_loss_over_six_nodes(tmp_path, parity, rounds, 
             have_back(c, gone)
         restores = check(c)
         assert len(restores) >= 1 + number
+
+
+def test_torchs_own_rendezvous_is_accepted(tmp_path):
+    """An external or hosted store, as torchrun has it: with its limits, but with snapshots."""
+    with Cluster(tmp_path, 2, nnodes="2", steps=10, options=["--rdzv-backend", "c10d"]) as c:
+        c.start()
+        assert c.wait() == [0, 0], c.tails()
+        check(c)
+        assert c.step() == 10 and {e["world"] for e in c.events("step")} == {2}
