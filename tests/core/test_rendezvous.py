@@ -501,10 +501,13 @@ class LeavesOthersBehind(Rendezvous):
         return self._adopted_s
 
 
-@pytest.mark.parametrize("kind", [AnyoneDecides, ForgetsItsWord])
-def test_a_planted_bug_is_found(kind):
-    """Elections under worse than chance would bring: daemons die as they vote, links lose and reorder, one fault after the other."""
-    for seed in range(1500):
+@pytest.mark.parametrize(("kind", "first"), [(AnyoneDecides, 0), (ForgetsItsWord, 1060)])
+def test_a_planted_bug_is_found(kind, first):
+    """Elections under worse than chance would bring: daemons die as they vote, links lose and reorder, one fault after the other.
+
+    `first`: the search begins near a seed that is known to find it, for from 0 on it takes half a minute.
+    """
+    for seed in range(first, first + 1500):
         world = World(seed, 3 + seed % 3, kind)
         world.loss, world.doubling, world.fragile = 0.2, 0.1, 0.4
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -14,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 44
 SEEDS = {"fsdp": 11, "ddp": 12, "tp_fsdp": 13, "pp_fsdp": 14}
-RANDOM_KILLS = 6
+RANDOM_KILLS = int(os.environ.get("KILLS", "3"))
 FAULTS = {
     "fsdp": ["capture:rank=2,step=40,at=3", "seal:rank=1,step=43"],
     "ddp": ["capture:rank=0,step=40,at=1", "persist:rank=3,step=42"],
