@@ -73,7 +73,11 @@ class Binding:
         self._train = train
         self._job, self._rank, self._world_size = job, rank, world_size
         self._torn = torn
-        self._by_name = {leaf.name: leaf for leaf in train.leaves} | {local_name(leaf.name, rank): leaf for leaf in train.leaves if leaf.local}
+        self._by_name: dict[str, list[Leaf]] = {}
+        for leaf in train.leaves:  # flat partitions (ZeRO) are several boxes of one name
+            self._by_name.setdefault(leaf.name, []).append(leaf)
+            if leaf.local:
+                self._by_name[local_name(leaf.name, rank)] = [leaf]
         self._layouts: dict[Any, tuple[Layout, dict[int, Bound]]] = {}
         self._arena: Arena | None = None
         self._base: Tensor | None = None
@@ -117,14 +121,14 @@ class Binding:
 
     def _bind(self, slot: int, layout: Layout) -> Bound:
         bound = Bound()
-        seen: set[str] = set()
+        seen: set[int] = set()
         for entry in layout.entries:
-            leaf = self._by_name.get(entry.piece.name)
+            leaf = self._leaf_of(entry)
             if leaf is None:
                 continue
             live = leaf.resolve()
-            if leaf.name not in seen:
-                seen.add(leaf.name)
+            if id(leaf) not in seen:
+                seen.add(id(leaf))
                 bound.identities.append((leaf, live, _pointer(live)))
                 if live is None:
                     bound.absent.append(leaf.name)
@@ -141,6 +145,11 @@ class Binding:
                 (bound.eager if eager else bound.lazy).append((leaf, place, source))
         bound.cut = batches([d for _, d, _ in bound.lazy], [s for _, _, s in bound.lazy], self.batch_bytes)
         return bound
+
+    def _leaf_of(self, entry: Entry) -> Leaf | None:
+        """The leaf that a piece is of: of several with its name, the one whose box holds the piece's."""
+        leaves, box = self._by_name.get(entry.piece.name, ()), entry.piece.box
+        return leaves[0] if len(leaves) == 1 else next((leaf for leaf in leaves if leaf.box.intersect(box) == box or leaf.box == box), None)
 
     def at(self, slot: int, layout: Layout, entry: Entry) -> Tensor:
         """A piece's place in a slot, as a tensor."""

@@ -12,7 +12,9 @@
      |   |- BadManifest      21   manifest or index
      |   |- NewerFormat      22   written by a newer ckptd
      |   |- ChecksumMismatch 23
-     |   `- NotTiled         24   boxes overlap or leave a hole
+     |   |- NotTiled         24   boxes overlap or leave a hole
+     |   |- BadForeign       25   a checkpoint of another system: malformed, hostile, or holding what is not read
+     |   `- Divergent        26   replicas of one box hold different bytes
      |- Lost                 3x   somebody did not answer
      |   |- DaemonUnreachable 30
      |   |- RanksMissing     31   ranks of the job did not come to a meeting in time
@@ -31,12 +33,14 @@ from __future__ import annotations
 __all__ = [
     "BadArgument",
     "BadBytes",
+    "BadForeign",
     "BadImage",
     "BadManifest",
     "Bug",
     "ChecksumMismatch",
     "CkptdError",
     "DaemonUnreachable",
+    "Divergent",
     "Lost",
     "MemoryRefused",
     "NewerFormat",
@@ -135,6 +139,18 @@ class NotTiled(BadBytes):
     """The boxes of a tensor overlap, leave a hole, or lie outside its shape."""
 
     exit_code = 24
+
+
+class BadForeign(BadBytes):
+    """A checkpoint of another system is malformed, hostile, or holds what is not read; the message names file and place."""
+
+    exit_code = 25
+
+
+class Divergent(BadBytes):
+    """Copies of the same part of a tensor, which must be equal, are not."""
+
+    exit_code = 26
 
 
 class Lost(CkptdError):

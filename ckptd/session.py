@@ -78,6 +78,8 @@ POPULATE_BYTES_PER_S = 5e8
 SLACK_BYTES = 1 << 20
 """Added to each slot, so that objects may grow (a data loader's position, a scheduler's list) without a new arena."""
 
+Look = Callable[[int], TrainState]
+"""A rank's own way to find its state (`integrations`): one name may have several leaves, with a box each."""
 ModelArg = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
 OptimizerArg = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
 
@@ -153,6 +155,7 @@ class Session:
         optimizers: Sequence[tuple[str, Optimizer]],
         extras: Mapping[str, Any],
         meeting: Meeting,
+        look: Look | None = None,
     ) -> None:
         self.settings = settings
         self.rank, self.world_size = meeting.rank, meeting.world_size
@@ -161,7 +164,7 @@ class Session:
         self.inert = ""
         """Why no snapshots are taken, if so."""
         self._meeting = meeting
-        self._models, self._optimizers, self._extras = models, optimizers, extras
+        self._models, self._optimizers, self._extras, self._looking = models, optimizers, extras, look
         self._reached: dict[str, tuple[int, int]] = {}
         self._condition = threading.Condition()
         self._link = Link(socket_path(settings.directory), self._hello, self._on_notice)
@@ -206,7 +209,10 @@ class Session:
         self._error: CkptdError | None = None
         self._train = TrainState(coords={"rank": self.rank})
         try:
-            self._train = state.look(self._models, self._optimizers, self._extras, local=self.settings.local, rank=self.rank)
+            if self._looking is not None:
+                self._train = self._looking(self.rank)
+            else:
+                self._train = state.look(self._models, self._optimizers, self._extras, local=self.settings.local, rank=self.rank)
             encode_objects(self._train.objects, self.rank)
         except CkptdError as e:
             self._error = e
@@ -771,6 +777,8 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
     required: bool = False,
     timeout_s: float = 60.0,
     group: Any = None,
+    look: Look | None = None,
+    kind: type[Session] = Session,
 ) -> Session:
     """Attach this rank's training state to its node's daemon. Collective over the ranks of the job.
 
@@ -784,6 +792,7 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
     check_replicas_every: what several ranks hold identically (DDP, HSDP, norms under TP) is hashed and compared once within so many steps, a share in each, and
     a rank whose bytes differ from the others' is named as suspected silent corruption (default 50; 0: never; $CKPTD_CHECK_REPLICAS_EVERY).
     local: patterns of tensor names that every rank has for itself. paranoid: hash every source before and after its copy.
+    look, kind: for adapters (`ckptd.integrations`): what finds this rank's state instead of `state.look`; the optimizers' steps are still the fence.
 
     Raises Unstorable (state that cannot be stored, by path), NotTiled (shards that do not tile), RanksMissing; and DaemonUnreachable or MemoryRefused
     only if `required`: otherwise training goes on without snapshots, which is said once and counted.
@@ -807,7 +816,7 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
         required=required,
         timeout_s=timeout_s,
     )
-    session = Session(chosen, _by_prefix(model, nn.Module), _by_prefix(optimizer, Optimizer), dict(extras or {}), meeting_of(group))
+    session = kind(chosen, _by_prefix(model, nn.Module), _by_prefix(optimizer, Optimizer), dict(extras or {}), meeting_of(group), look)
     try:
         session._attach()  # noqa: SLF001  the constructor only keeps; this is its other half
     except BaseException:

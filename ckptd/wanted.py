@@ -86,7 +86,10 @@ class Wanted:
 
     def _saved_name(self, leaf: Leaf) -> str:
         own = local_name(leaf.name, self._asker.rank) if leaf.local and self._same_mesh else leaf.name
-        return own if own in self._index.tensors else leaf.name
+        if own in self._index.tensors:
+            return own
+        tied = self._train.aliases.get(leaf.name, "")  # a converted checkpoint holds a tied weight once
+        return tied if leaf.name not in self._index.tensors and tied in self._index.tensors else leaf.name
 
     def _array_want(self, name: str) -> Want:
         info = self._index.tensors.get(name)
@@ -102,6 +105,8 @@ class Wanted:
         for obj in self._train.objects:
             values = {r: i.objects[obj.name]["value"] for r, i in images.items() if obj.name in i.objects}
             if not values:
+                if obj.policy == "rng":
+                    self.warnings.append(f"{obj.name}: the snapshot has none, this rank's stays as it is")
                 continue
             mine = self._asker.rank
             if obj.policy == "optimizer":  # merged by name: what this rank has of its own comes last, and wins

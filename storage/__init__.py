@@ -16,14 +16,29 @@ from __future__ import annotations
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from types import TracebackType
+from typing import Protocol, Self, TypeAlias, runtime_checkable
 from urllib.parse import unquote
 
 from ckptd.errors import BadArgument
 
-__all__ = ["Bytes", "Data", "Stat", "Store", "absolute", "check_name", "is_temporary", "open_store", "parts_of"]
+__all__ = [
+    "Bytes",
+    "Data",
+    "Stat",
+    "Store",
+    "Streaming",
+    "Writer",
+    "absolute",
+    "check_name",
+    "is_temporary",
+    "open_store",
+    "parts_of",
+]
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 Data: TypeAlias = Bytes | Sequence[Bytes]
@@ -95,6 +110,86 @@ class Store(Protocol):
         ...
 
 
+@runtime_checkable
+class Streaming(Store, Protocol):
+    """A store that can also write an object whose bytes are never all in memory. Optional: ask with isinstance(store, Streaming)."""
+
+    def stream(self, name: str) -> Writer:
+        """Begin an object that is written piece by piece; nothing of it is visible, or replaced, before `Writer.commit`.
+
+        Raises: StoreFailed, BadArgument (the name).
+        """
+        ...
+
+
+class Writer(ABC):
+    """One object being written, in order, by one thread at a time; memory is bounded, whatever the object's size.
+
+        with store.stream(name) as writer:      # commits at the end, aborts on an error
+            writer.write(data)
+
+    After `commit` the name holds all that was written, durably, as after `Store.put`. After `abort`, after an error of `commit` and
+    after the death of the process it holds what it held before; only an error of `commit` may also leave all of it.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._open = True
+
+    def __str__(self) -> str:
+        return self._what
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self.abort()
+        elif self._open:
+            self.commit()
+
+    def write(self, data: Data) -> None:
+        """Append `data`, which may be changed as soon as this returns. After an error only `abort` makes sense.
+
+        Raises: StoreFailed, also for what was written earlier; BadArgument (the stream has ended, or the data is not contiguous).
+        """
+        self._check_open()
+        for part in parts_of(data):
+            self._write(part)
+
+    def commit(self) -> None:
+        """Make the object visible and durable. Raises: StoreFailed, BadArgument (the stream has ended)."""
+        self._check_open()
+        self._open = False
+        try:
+            self._commit()
+        except BaseException:
+            with suppress(Exception):
+                self._abort()
+            raise
+
+    def abort(self) -> None:
+        """Forget what was written; after a commit or an abort it does nothing. Raises nothing."""
+        if self._open:
+            self._open = False
+            with suppress(Exception):
+                self._abort()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            msg = f"the stream to {self} has ended"
+            raise BadArgument(msg)
+
+    @abstractmethod
+    def _write(self, data: memoryview) -> None: ...
+
+    @abstractmethod
+    def _commit(self) -> None: ...
+
+    @abstractmethod
+    def _abort(self) -> None: ...
+
+
 def check_name(name: str) -> list[str]:
     """The components of a valid name. Raises BadArgument on anything that could leave the store or mean two things."""
     parts = name.split("/")
@@ -137,11 +232,12 @@ def absolute(url_or_path: str | os.PathLike[str]) -> str:
 
 
 def open_store(url_or_path: str) -> Store:
-    """The store at a local path, "file:///path" or "memory://NAME" (one per name and process, for tests).
+    """The store at a local path or URL: "file:///path", "memory://NAME" (one per name and process, for tests), or an object store's
+    "s3://bucket/prefix", "gs://bucket/prefix", "az://container/prefix", which take credentials and endpoint from the environment.
 
     Nothing is created or touched; a local root is made by the first put. Raises BadArgument.
     """
-    from ckptd.storage import local, memory
+    from ckptd.storage import local, memory, objects
 
     scheme, found, rest = url_or_path.partition("://")
     if not found:
@@ -151,8 +247,13 @@ def open_store(url_or_path: str) -> Store:
         return local.LocalStore(url_or_path)
     if scheme == "memory" and rest:
         return memory.shared(rest)
+    if scheme in objects.SCHEMES:
+        return objects.ObjectStore(url_or_path)
     path = unquote(rest.removeprefix("localhost"))
     if scheme == "file" and path.startswith("/") and "\0" not in path:
         return local.LocalStore(path)
     msg = f"no store for {url_or_path!r}"
-    raise BadArgument(msg, remedy="give a local path, file:///absolute/path or memory://NAME; object stores are not built in yet")
+    remedy = (
+        "give a local path, file:///absolute/path, memory://NAME, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix"
+    )
+    raise BadArgument(msg, remedy=remedy)

@@ -24,18 +24,19 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import secrets
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TypeAlias
 
 import numpy as np
 
 from ckptd.errors import BadArgument, CkptdError, NotFound, StoreFailed
-from ckptd.storage import Data, Stat, check_name, is_temporary, parts_of
+from ckptd.storage import Data, Stat, Writer, check_name, is_temporary, parts_of
 
 __all__ = ["LocalStore"]
 
@@ -51,6 +52,9 @@ UNSYNCED_RETRIES = 1
 """An fsync that fails twice in a row tells of a disk, not of an accident."""
 PRUNED_RETRIES = 16
 """Another's delete may prune the empty folder that we just made or opened; each time takes a delete in the microseconds before our file."""
+
+STREAM_BYTES = PIECE_BYTES
+"""What a stream gathers before it writes past the page cache."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a FIFO in our place must not hang us
@@ -157,6 +161,19 @@ class LocalStore:
             self._check_regular(name, info)
             return Stat(name, info.st_size)
 
+    def stream(self, name: str) -> Writer:
+        """See `Streaming.stream`. Holds 16 MiB."""
+        components = check_name(name)
+        with self._explained("write", name):
+            pruned = 0
+            while True:
+                try:
+                    return _LocalWriter(self, name, components)
+                except FileNotFoundError:
+                    pruned += 1
+                    if pruned > PRUNED_RETRIES:
+                        raise
+
     def _put_once(self, components: Sequence[str], parts: Sequence[memoryview], *, exclusive: bool) -> None:
         *parents, last = components
         with self._folders(parents, make=True) as folders:
@@ -180,9 +197,7 @@ class LocalStore:
                 with suppress(OSError):  # already renamed, as a rule
                     os.unlink(temporary, dir_fd=folders[-1])
             try:
-                # All folders above, too: another process may have made them a moment ago and died before it synced them.
-                for folder in reversed(folders):
-                    _sync_folder(folder)
+                _sync_all(folders)
             except _UnsyncedError:
                 if exclusive:  # ours, but not known to be durable; the next try must find the name free
                     with suppress(OSError):
@@ -281,6 +296,56 @@ class LocalStore:
             raise StoreFailed(msg, remedy=remedy) from e
 
 
+class _LocalWriter(Writer):
+    """A temporary file that a commit gives its name. An fsync error ends it: what was written is no longer there to be written anew."""
+
+    def __init__(self, store: LocalStore, name: str, components: Sequence[str]) -> None:
+        super().__init__(f"{store}/{name}")
+        self._store, self._name, self._last = store, name, components[-1]
+        self._temporary = f".ckptd-{secrets.token_hex(16)}.tmp"
+        self._gathered, self._filled, self._at = mmap.mmap(-1, STREAM_BYTES), 0, 0  # page-aligned
+        with ExitStack() as stack:
+            self._folders = stack.enter_context(store._folders(components[:-1], make=True))  # noqa: SLF001  one of its two halves
+            self._fd = os.open(self._temporary, _CREATE, 0o644, dir_fd=self._folders[-1])
+            stack.callback(self._leave)
+            with suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._stack = stack.pop_all()
+
+    def _write(self, data: memoryview) -> None:
+        while data:
+            taken = data[: STREAM_BYTES - self._filled]
+            self._gathered[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            data = data[len(taken) :]
+            if self._filled == STREAM_BYTES:
+                self._flush()
+
+    def _commit(self) -> None:
+        self._flush()
+        with self._store._explained("write", self._name):  # noqa: SLF001
+            _sync(self._fd)
+            with suppress(OSError):
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.rename(self._temporary, self._last, src_dir_fd=self._folders[-1], dst_dir_fd=self._folders[-1])
+            _sync_all(self._folders)
+        self._stack.close()
+
+    def _abort(self) -> None:
+        self._stack.close()
+
+    def _flush(self) -> None:
+        with self._store._explained("write", self._name), memoryview(self._gathered) as gathered:  # noqa: SLF001
+            _write_at(self._fd, gathered[: self._filled], self._at)
+        self._at += self._filled
+        self._filled = 0
+
+    def _leave(self) -> None:
+        os.close(self._fd)
+        with suppress(OSError):  # renamed, if it was committed
+            os.unlink(self._temporary, dir_fd=self._folders[-1])
+
+
 def _is_name(name: str) -> bool:
     try:
         check_name(name)
@@ -304,18 +369,28 @@ def _sync_folder(fd: int) -> None:
             raise
 
 
+def _sync_all(folders: Sequence[int]) -> None:
+    """All folders above, too: another process may have made them a moment ago and died before it synced them."""
+    for folder in reversed(folders):
+        _sync_folder(folder)
+
+
 def _fill(fd: int, parts: Sequence[memoryview]) -> None:
     """Write the parts one after the other into the empty file `fd`."""
     _reserve(fd, sum(len(p) for p in parts))
     at = 0
     for part in parts:
-        done = _write_direct(fd, part, at)
-        while done < len(part):
-            n = os.pwrite(fd, part[done : done + PIECE_BYTES], at + done)
-            if n == 0:
-                raise OSError(errno.EIO, "the file system takes no more bytes and gives no reason")
-            done += n
+        _write_at(fd, part, at)
         at += len(part)
+
+
+def _write_at(fd: int, part: memoryview, at: int) -> None:
+    done = _write_direct(fd, part, at)
+    while done < len(part):
+        n = os.pwrite(fd, part[done : done + PIECE_BYTES], at + done)
+        if n == 0:
+            raise OSError(errno.EIO, "the file system takes no more bytes and gives no reason")
+        done += n
 
 
 def _write_direct(fd: int, part: memoryview, at: int) -> int:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 from ckptd.errors import BadArgument, NotFound, StoreFailed
-from ckptd.storage import Data, Stat, check_name, parts_of
+from ckptd.storage import Data, Stat, Writer, check_name, parts_of
 
 __all__ = ["MemoryStore", "shared"]
 
@@ -65,6 +65,11 @@ class MemoryStore:
         """See `Store.stat`."""
         return Stat(name, len(self._value(name)))
 
+    def stream(self, name: str) -> Writer:
+        """See `Streaming.stream`."""
+        check_name(name)
+        return _MemoryWriter(self, name)
+
     def _value(self, name: str) -> bytes:
         check_name(name)
         with self._lock:
@@ -73,6 +78,22 @@ class MemoryStore:
             msg = f"{self}/{name} does not exist"
             raise NotFound(msg)
         return value
+
+
+class _MemoryWriter(Writer):
+    def __init__(self, store: MemoryStore, name: str) -> None:
+        super().__init__(f"{store}/{name}")
+        self._store, self._name = store, name
+        self._written = bytearray()
+
+    def _write(self, data: memoryview) -> None:
+        self._written += data
+
+    def _commit(self) -> None:
+        self._store.put(self._name, self._written)
+
+    def _abort(self) -> None:
+        self._written = bytearray()
 
 
 _shared: dict[str, MemoryStore] = {}

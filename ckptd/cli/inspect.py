@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ckptd.cli import show
+from ckptd.cli import foreign, show
 from ckptd.core import typed
 from ckptd.core.image import Entry, Image, header_bytes_of, parse
 from ckptd.core.manifest import Index, Manifest, TensorInfo
@@ -23,14 +23,16 @@ def add_parser(verbs: Any) -> None:
     """The verb's arguments."""
     p = verbs.add_parser(
         "inspect",
-        help="what a checkpoint or an image holds",
+        help="what a checkpoint of any format, or an image, holds",
         description="Show what one checkpoint (a step's directory) or one image file holds: job, step, world size and coordinates,\n"
-        "tensors, dtypes and sizes. Checksums of tensor bytes are `ckptd verify`'s business.",
+        "tensors, dtypes and sizes. Checksums of tensor bytes are `ckptd verify`'s business.\n"
+        "A checkpoint of another system is shown as ckptd understands it: a tree of tensors under canonical names, param groups, objects.",
         epilog="examples:\n  ckptd inspect /mnt/ckpt/llama/step-00001200 --tensors 'model.layers.0.*'\n"
-        "  ckptd inspect /mnt/ckpt/llama/step-00001200/images/r00000.safetensors --objects",
+        "  ckptd inspect /mnt/ckpt/llama/step-00001200/images/r00000.safetensors --objects\n"
+        "  ckptd inspect /ckpt/zero3 --tag global_step100 --depth 4",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("path", metavar="PATH", help="a step's directory, or an image (.safetensors)")
+    p.add_argument("path", metavar="PATH", help="a step's directory, or an image (.safetensors); or a checkpoint of another system")
     p.add_argument("--json", action="store_true", help="print one JSON document")
     p.add_argument(
         "--tensors",
@@ -40,11 +42,17 @@ def add_parser(verbs: Any) -> None:
         help="list the tensors whose name matches (shell wildcards; default: all)",
     )
     p.add_argument("--objects", action="store_true", help="show the objects of each rank: schedulers, RNG, counters ...")
+    p.add_argument("--depth", type=int, default=3, metavar="N", help="other systems: depth of the tree (default %(default)s)")
+    foreign.add_reading(p)
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Show an image or a checkpoint."""
+    if foreign.recognised(args.path):
+        from ckptd.cli import tree
+
+        return tree.run(args)
     place = show.open_place(args.path)
     if place.image:
         image = _read_image(place)

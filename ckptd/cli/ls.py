@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
-from ckptd.cli import show
+from ckptd.cli import foreign, show
 from ckptd.storage.checkpoint import Found
 
 
@@ -13,8 +14,9 @@ def add_parser(verbs: Any) -> None:
     """The verb's arguments."""
     p = verbs.add_parser(
         "ls",
-        help="the checkpoints in a store",
+        help="the checkpoints in a store, or of other systems in a folder",
         description="List the checkpoints below a store's root, of one job, or in one step directory: by job, newest first.\n"
+        "In any other folder: the checkpoints of other systems (DeepSpeed tags, Megatron iterations, Hugging Face folders ...).\n"
         "Files are not read, only looked at: `complete` means that everything is there, in the right size.\n"
         "`ckptd verify` reads every byte. A broken or unfinished checkpoint is listed with what is wrong; that is no error.",
         epilog="example:\n  ckptd ls /mnt/ckpt llama",
@@ -28,6 +30,8 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List."""
+    if args.job is None and (others := foreign.listed(args.path)):
+        return _others(args, others)
     place = show.open_place(args.path, args.job)
     found = show.find_checkpoints(place)
     if args.json:
@@ -35,6 +39,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         header = ("JOB", "STEP", "ATTEMPT", "RANKS", "SIZE", "CREATED", "DIRECTORY", "STATE")
         show.emit(show.table(header, (_row(place, f) for f in found), right=("STEP", "ATTEMPT", "RANKS", "SIZE")))
+    return 0
+
+
+def _others(args: argparse.Namespace, found: list[foreign.Listed]) -> int:
+    """The checkpoints of other systems; they have no manifest that says whether all is there: `ckptd verify` looks."""
+    if args.json:
+        show.emit_json({"path": args.path, "checkpoints": [asdict(f) for f in found]})
+        return 0
+    header = ("FORMAT", "STEP", "FILES", "SIZE", "DIRECTORY", "")
+    rows = [
+        [f.format, "-" if f.step is None else str(f.step), show.count(f.files), show.size(f.bytes), f.directory or ".", "latest" if f.latest else ""] for f in found
+    ]
+    show.emit(show.table(header, rows, right=("STEP", "FILES", "SIZE")))
     return 0
 
 

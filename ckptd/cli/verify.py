@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ckptd import errors
-from ckptd.cli import show
+from ckptd.cli import foreign, show
 from ckptd.errors import CkptdError, NotFound
 from ckptd.storage.checkpoint import Found, Problem, Report, verify_checkpoint
 
@@ -24,23 +24,30 @@ def add_parser(verbs: Any) -> None:
     """The verb's arguments."""
     p = verbs.add_parser(
         "verify",
-        help="read every byte of checkpoints and compare it with its checksum",
+        help="read every byte of checkpoints and compare it with its checksum, or with its copies",
         description="Read every byte of one checkpoint, or of all checkpoints of a store or job, and compare it with manifest, index and\n"
         "checksums. All problems are printed, with the image, the tensors that are touched, and the class of the error.\n"
         "Directories without a manifest are being written, or were left by a crash: they are named, and are no error,\n"
-        "unless one is all that was asked for.",
+        "unless one is all that was asked for.\n"
+        "Of another system's checkpoint: every tensor is proven to be covered once, every byte of it is read, copies are compared.",
         epilog="exit status: 0 every byte is right; else that of the first problem: 14 an image is missing, 20 image, 21 manifest or index, 22 newer format,\n"
-        "23 checksum, 24 boxes do not tile, 41 the store does not read.\n\nexample:\n  ckptd verify /mnt/ckpt/llama/step-00001200",
+        "23 checksum, 24 boxes do not tile, 25 malformed, 26 copies differ, 41 the store does not read.\n\nexample:\n  ckptd verify /mnt/ckpt/llama/step-00001200",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("path", metavar="PATH", help="a step's directory, a job's directory, or a store's root (path or URL)")
     p.add_argument("--json", action="store_true", help="print one JSON document")
     p.add_argument("--quiet", action="store_true", help="print problems only, and no progress")
+    p.add_argument("--crc", action="store_true", help="other systems: compare the entries of zip files with their CRCs, too")
+    foreign.add_reading(p)
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Verify; the status is that of the first problem."""
+    if foreign.recognised(args.path):
+        from ckptd.cli import scan
+
+        return scan.run(args)
     place = show.open_place(args.path)
     found = show.find_checkpoints(place)
     meter = Meter(shown=sys.stderr.isatty() and not args.quiet)

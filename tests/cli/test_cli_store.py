@@ -132,7 +132,7 @@ def test_ls_of_nothing(root, cli, tmp_path):
     cli("ls", root / "job", "other", code=10)
     cli("ls", step_of(root, 7), "job", code=10)
     cli("ls", image_of(root, 7, 0), code=10)
-    cli("ls", "s3://bucket", code=10)
+    cli("ls", "gopher://bucket", code=10)
     cli("ls", "", code=10)
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     cli("ls", tmp_path / "circle", code=41)
@@ -312,11 +312,13 @@ def test_inspect_refuses_what_is_not_ours(root, cli, tmp_path):
     header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"format": "pt"}}).encode()
     foreign = tmp_path / "model.safetensors"
     foreign.write_bytes(struct.pack("<Q", len(header)) + header + b"1234")
-    assert "not written by ckptd" in cli("inspect", foreign, code=20)[1]
-    foreign.write_bytes(b"")
-    cli("inspect", foreign, code=20)
-    foreign.write_bytes(b"\xff" * 20)
-    assert cli("inspect", foreign, "--json", code=20)[0]["error"] == "BadImage"
+    assert "hf: " in cli("inspect", foreign)[0]
+    image = foreign.rename(tmp_path / "r00000.safetensors")  # called like ours
+    assert "not written by ckptd" in cli("inspect", image, code=20)[1]
+    image.write_bytes(b"")
+    cli("inspect", image, code=20)
+    image.write_bytes(b"\xff" * 20)
+    assert cli("inspect", image, "--json", code=20)[0]["error"] == "BadImage"
     store_with(root, make_step())
     assert "is not one checkpoint" in cli("inspect", root, code=10)[1]
     cli("inspect", root / "job", code=10)

@@ -29,7 +29,7 @@ def test_local_stores_by_path_and_url(tmp_path):
         assert read(open_store(url), "x") == b"1"
 
 
-@pytest.mark.parametrize("url", ["", "s3://bucket/x", "memory://", "file://host/x", "file://", "file:///a%00b", "a\0b"])
+@pytest.mark.parametrize("url", ["", "ftp://host/x", "s3://", "memory://", "file://host/x", "file://", "file:///a%00b", "a\0b"])
 def test_other_schemes_say_what_exists(url):
     with pytest.raises(BadArgument):
         open_store(url)
