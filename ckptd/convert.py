@@ -31,7 +31,7 @@ from ckptd.core.emit import Known, OutFile, Sealed, Take
 from ckptd.core.image import ITEM_BYTES
 from ckptd.core.logical import Checkpoint
 from ckptd.errors import BadBytes, Divergent, StoreFailed, Unstorable
-from ckptd.formats import Format, Place, Plan, ReadOptions, WriteOptions, format_named
+from ckptd.formats import Place, Plan, ReadOptions, WriteOptions, format_named
 from ckptd.reading import WINDOW_BYTES, Hash, Pool, Reading, compare_replicas, hashes, open_checkpoint, settle, taken, workers_for
 from ckptd.target import Target
 from ckptd.windows import Sums, Window, flat, windows
@@ -129,7 +129,7 @@ def convert(  # noqa: PLR0913  one call does it all, and every setting has a nam
         made |= hashes(reading, pool, missing, to_hash)
         if check:
             try:
-                _check(writer, out, made, to_hash, pool, tell)
+                _check(writer.read(out.place(), ReadOptions()), out, plan, (checkpoint, made, to_hash), pool, tell)
             except BadBytes:
                 out.discard()
                 raise
@@ -308,24 +308,27 @@ def _put(fd: int, data: bytes | memoryview, at: int) -> None:
         view, at = view[done:], at + done
 
 
-def _check(writer: Format, out: Target, made: Mapping[str, str], dtypes: Mapping[str, str], pool: Pool, tell: _Teller) -> None:
-    """Read the result through its own reader and compare every tensor. Raises Divergent, by name."""
+def _check(
+    result: Checkpoint, out: Target, plan: Plan, written: tuple[Checkpoint, Mapping[str, str], Mapping[str, str]], pool: Pool, tell: _Teller
+) -> None:
+    """Compare every tensor of `result`, the target as its own reader sees it, with what was written: (source, hashes, dtypes). Raises Divergent, by name."""
+    source, made, dtypes = written
     place = out.place()
-    checkpoint = writer.read(place, ReadOptions())
-    checkpoint.prove()
-    tell.begin("check", checkpoint.nbytes)
-    with Reading(place, checkpoint) as first:
+    result.prove()
+    tell.begin("check", result.nbytes)
+    with Reading(place, result) as first:
         compare_replicas(first, pool)
         settled = settle(first, pool)
     with Reading(place, settled) as back:
-        tied = settled.aliases
-        names = {n: tied.get(n, n) for n in made}
+        called = {n: plan.renamed.get(n, n) for n in (*made, *plan.inlined)}
+        names = {n: settled.aliases.get(c, c) for n, c in called.items()}
         missing = sorted(n for n, held in names.items() if held not in settled.tensors)
         if missing:
             msg = f"read back, {missing[0]} and {len(missing) - 1} more are missing" if len(missing) > 1 else f"read back, {missing[0]} is missing"
             raise Divergent(msg)
-        again = hashes(back, pool, set(names.values()), {h: dtypes[n] for n, h in names.items()})
-    wrong = sorted(n for n, held in names.items() if again[held] != made[n])
+        again = hashes(back, pool, {names[n] for n in made}, {names[n]: dtypes[n] for n in made})
+    wrong = sorted(n for n in made if again[names[n]] != made[n])
+    wrong += sorted(n for n in plan.inlined if settled.scalars.get(names[n]) != source.scalars.get(n))
     if wrong:
         msg = f"{wrong[0]}: read back, it is not what was written" + (f"; {len(wrong) - 1} more" if len(wrong) > 1 else "")
         raise Divergent(msg, remedy="run it again; if it stays, the target's disk or ckptd is at fault: please report it")

@@ -149,6 +149,7 @@ class Plan:
 
     `dropped`: what of the checkpoint is in no file, by name. `inlined`: tensors of one element that are stored as numbers (`Checkpoint.scalars`).
     Every tensor is taken by a file, or is in one of these: the engine refuses a plan that forgets one. `notes`: what a user should know.
+    `renamed`: tensors that the target's reader will call otherwise, old name -> new.
     `finish`: given the place where `files` lie, further files that follow from their bytes (checksums, indexes); called once, at the end.
     """
 
@@ -156,6 +157,7 @@ class Plan:
     single: bool = False
     dropped: Sequence[str] = ()
     inlined: Sequence[str] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
     finish: Callable[[Place], Sequence[OutFile]] | None = None
 

@@ -122,7 +122,7 @@ def write_renamed(checkpoint: Checkpoint, make: Callable[[Checkpoint], Plan]) ->
     plan = make(copy)
     files = [OutFile(f.name, tuple(_taken_back(s, back) for s in f.segments)) for f in plan.files]
     dropped, inlined = [back.get(n, n) for n in plan.dropped], [back.get(n, n) for n in plan.inlined]
-    return replace(plan, files=files, dropped=dropped, inlined=inlined)
+    return replace(plan, files=files, dropped=dropped, inlined=inlined, renamed={old: new for old, new in there.items() if old != new})
 
 
 def _taken_back(segment: Any, back: Mapping[str, str]) -> Any:
