@@ -328,7 +328,7 @@ def _check(
             raise Divergent(msg)
         again = hashes(back, pool, {names[n] for n in made}, {names[n]: dtypes[n] for n in made})
     wrong = sorted(n for n in made if again[names[n]] != made[n])
-    wrong += sorted(n for n in plan.inlined if settled.scalars.get(names[n]) != source.scalars.get(n))
+    wrong += sorted(n for n in plan.inlined if repr(settled.scalars.get(names[n])) != repr(source.scalars.get(n)))  # repr: NaN is NaN
     if wrong:
         msg = f"{wrong[0]}: read back, it is not what was written" + (f"; {len(wrong) - 1} more" if len(wrong) > 1 else "")
         raise Divergent(msg, remedy="run it again; if it stays, the target's disk or ckptd is at fault: please report it")
