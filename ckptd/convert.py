@@ -209,40 +209,43 @@ class _Writing:
         self._fds: dict[int, int] = {}
         self._left: dict[int, int] = {}
         self._sums: dict[int, Sums] = {}
+        self._sizes = [f.nbytes for f in files]
+        self._single: dict[int, bool] = {}
         self.hashes: dict[str, Hash] = {}
 
     def windows(self) -> Iterator[Window]:
         """All windows, file by file; a file is made when its first one is asked for."""
         for number, file in enumerate(self._files):
-            self._fds[number] = self._out.open(file.name, file.nbytes)
+            self._fds[number] = self._out.open(file.name, self._sizes[number])
             self._sums[number] = Sums()
             self._left[number] = 1  # more are to come
             for window in windows(number, file, self._hashed):
                 self._left[number] += 1
+                self._single[number] = window.nbytes == self._sizes[number]
                 yield window
             self._one_less(number)
 
-    def fill(self, window: Window, reading: Reading, pool: Pool) -> tuple[list[tuple[str, int, int, int]], bytes]:
-        """In a thread: the window's bytes, to its place. Returns CRCs (mark, place, CRC, bytes) and the block's hash."""
-        lane, parts = pool.lane, []
+    def fill(self, window: Window, reading: Reading, pool: Pool) -> tuple[list[tuple[str, int, int, int]], list[bytes]]:
+        """In a thread: the window's bytes, to its place. Returns CRCs (mark, place, CRC, bytes) and the hashes of its blocks."""
+        lane = pool.lane
         for piece in window.pieces:
             here = lane.buffer[piece.at : piece.at + piece.nbytes]
             if piece.take is not None:
                 taken(reading, piece.take, here, lane)
             else:
                 here[:] = piece.data if piece.data is not None else bytes(piece.nbytes)
-            if piece.mark:
-                parts.append((piece.mark, window.begin + piece.at, crc32(here), piece.nbytes))
-        data = lane.buffer[: window.nbytes]
-        _put(self._fds[window.file], data, window.begin)
-        return parts, xxhash.xxh3_128_digest(data) if window.block else b""
+        crcs = [(mark, window.begin + at, crc32(lane.buffer[at : at + size]), size) for mark, at, size in window.marks]
+        if window.nbytes == self._sizes[window.file]:  # the whole file: nothing is left to be sealed later
+            for at, data in self._sealed(window.file, {mark: crc for mark, _, crc, _ in crcs}):
+                lane.buffer[at : at + len(data)] = data
+        _put(self._fds[window.file], lane.buffer[: window.nbytes], window.begin)
+        return crcs, [xxhash.xxh3_128_digest(lane.buffer[at : at + size]) for _, _, at, size in window.blocks]
 
-    def filled(self, window: Window, parts: list[tuple[str, int, int, int]], digest: bytes) -> None:
+    def filled(self, window: Window, crcs: list[tuple[str, int, int, int]], digests: list[bytes]) -> None:
         """A window is done; with the last one of a file, the file is."""
-        for mark, at, crc, size in parts:
+        for mark, at, crc, size in () if self._single[window.file] else crcs:
             self._sums[window.file].parts.setdefault(mark, []).append((at, crc, size))
-        if window.block:
-            name, block = window.block
+        for (name, block, _, _), digest in zip(window.blocks, digests, strict=True):
             self.hashes.setdefault(name, Hash()).blocks[block] = digest
         self._one_less(window.file)
 
@@ -250,12 +253,19 @@ class _Writing:
         self._left[number] -= 1
         if self._left[number]:
             return
-        crcs, at = _Default(self._sums.pop(number).joined()), 0
+        sums, one = self._sums.pop(number), self._single.pop(number, False)
+        if not one:
+            for at, data in self._sealed(number, sums.joined()):
+                _put(self._fds[number], data, at)
+        self._out.done(self._files[number].name, self._fds.pop(number), self._sizes[number])
+
+    def _sealed(self, number: int, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
+        """(place, bytes) of what follows from the CRCs."""
+        at, known = 0, _Default(crcs)
         for segment in self._files[number].segments:
             if isinstance(segment, Sealed):
-                _put(self._fds[number], segment.make(crcs), at)
+                yield at, segment.make(known)
             at += segment.nbytes
-        self._out.done(self._files[number].name, self._fds.pop(number), at)
 
     def close(self) -> None:
         """Close what an error left open."""
@@ -272,8 +282,8 @@ def _write(
     total = sum(f.nbytes for f in todo)
     tell.begin("write", total)
     try:
-        for window, (parts, digest) in pool.map(lambda w: writing.fill(w, reading, pool), writing.windows()):
-            writing.filled(window, parts, digest)
+        for window, (crcs, digests) in pool.map(lambda w: writing.fill(w, reading, pool), writing.windows()):
+            writing.filled(window, crcs, digests)
             tell.more(window.nbytes)
     except OSError as e:
         msg = f"{out.work} cannot be written: {e.strerror}"

@@ -26,7 +26,7 @@ import xxhash
 
 from ckptd.core import strided
 from ckptd.core.boxes import Box, boxes_of_flat_range
-from ckptd.core.cast import NUMPY, can_cast, cast
+from ckptd.core.cast import NUMPY, can_cast, cast, cast_into
 from ckptd.core.emit import Take
 from ckptd.core.image import ITEM_BYTES
 from ckptd.core.logical import FILL, LITERAL, STATE, Checkpoint, Row, Tensor
@@ -35,6 +35,8 @@ from ckptd.formats import Format, Place, ReadOptions, place_of, recognise
 
 WINDOW_BYTES = 4 << 20
 """Also the block of a tensor's hash: windows of a whole tensor begin at its multiples."""
+BUFFER_BYTES = WINDOW_BYTES + (64 << 10)
+"""A buffer holds a whole block and the headers beside it."""
 SCRATCH_BYTES = 8 << 20
 BASE_BYTES = 160 << 20
 """What Python, NumPy and the tables take, before the first window."""
@@ -187,9 +189,16 @@ def cuts(box: Box, item: int, window_bytes: int = WINDOW_BYTES) -> Iterator[tupl
     count = window_bytes // item
     for at in range(0, box.numel, count):
         begin = at * item
-        for piece in boxes_of_flat_range(box.extent, at, min(count, box.numel - at)):
-            yield begin, Box(tuple(a + b for a, b in zip(box.start, piece.start, strict=True)), piece.extent)
+        for piece in flat_part(box, at, min(count, box.numel - at)):
+            yield begin, piece
             begin += piece.numel * item
+
+
+def flat_part(box: Box, first: int, count: int) -> list[Box]:
+    """The boxes of `count` elements of a box, from element `first` of its row-major order on."""
+    if count == box.numel:
+        return [box]
+    return [Box(tuple(a + b for a, b in zip(box.start, p.start, strict=True)), p.extent) for p in boxes_of_flat_range(box.extent, first, count)]
 
 
 # --- what one thread has ----------------------------------------------------------------------------------------------------
@@ -199,7 +208,7 @@ class Lane(threading.local):
     """A thread's memory."""
 
     def __init__(self) -> None:
-        self.buffer = memoryview(bytearray(WINDOW_BYTES))
+        self.buffer = memoryview(bytearray(BUFFER_BYTES))
         self.second = memoryview(bytearray(2 * WINDOW_BYTES))  # a window before its cast is at most twice as large
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
 
@@ -301,7 +310,14 @@ def taken(reading: Reading, take: Take, out: memoryview, lane: Lane) -> None:
     if size > len(held):  # from 8 bytes to 1 or 2: rarer than worth a larger buffer
         held = memoryview(bytearray(size))
     reading.fill(take.name, take.box, held[:size], lane.scratch)
-    np.frombuffer(out, NUMPY[take.dtype])[:] = cast(np.frombuffer(held[:size], NUMPY[source]), source, take.dtype)
+    cast_into(np.frombuffer(held[:size], NUMPY[source]), source, take.dtype, np.frombuffer(out, NUMPY[take.dtype]))
+
+
+def _equal(one: memoryview, other: memoryview) -> bool:
+    """Whether their bytes are the same. (Python's own comparison of memoryviews goes byte by byte, and holds the interpreter's lock.)"""
+    words = len(one) // 8 * 8
+    same = np.array_equal(np.frombuffer(one[:words], np.uint64), np.frombuffer(other[:words], np.uint64))
+    return same and bytes(one[words:]) == bytes(other[words:])
 
 
 def compare_replicas(reading: Reading, pool: Pool) -> int:
@@ -321,7 +337,7 @@ def compare_replicas(reading: Reading, pool: Pool) -> int:
         size = row.box.numel * ITEM_BYTES[dtype]
         reading.row(row, dtype, lane.buffer[:size], lane.scratch)
         reading.fill(name, row.box, lane.second[:size], lane.scratch)
-        if lane.buffer[:size] != lane.second[:size]:
+        if not _equal(lane.buffer[:size], lane.second[:size]):
             there = checkpoint.files[row.file].name if row.file >= 0 else "its objects"
             msg = f"{name}: {row.box} in {there} differs from its replica"
             raise Divergent(msg, remedy="ranks that should hold the same values did not: the checkpoint, or a rank that wrote it, is damaged")
@@ -333,31 +349,8 @@ def compare_replicas(reading: Reading, pool: Pool) -> int:
 def settle(reading: Reading, pool: Pool) -> Checkpoint:
     """Make one tensor of a 16-bit (or equal) weight and its fp32 master, where the weight is the master's rounding; leave both where it is not."""
     checkpoint = reading.checkpoint
-    differing: set[str] = set()
     tensors = checkpoint.tensors
-
-    def jobs() -> Iterator[tuple[str, str, Box]]:
-        for weight, master in checkpoint.pairs:
-            if tensors[weight].shape != tensors[master].shape or not can_cast(tensors[master].dtype, tensors[weight].dtype):
-                differing.add(weight)
-                continue
-            for _, box in cuts(Box.whole(tensors[master].shape), ITEM_BYTES[tensors[master].dtype]):
-                yield weight, master, box
-
-    def work(job: tuple[str, str, Box]) -> bool:
-        weight, master, box = job
-        lane, dtype = pool.lane, tensors[weight].dtype
-        size = box.numel * ITEM_BYTES[dtype]
-        if weight in differing:
-            return True
-        reading.fill(weight, box, lane.buffer[:size], lane.scratch)
-        rounded = bytearray(size)
-        taken(reading, Take(master, box, dtype), memoryview(rounded), lane)
-        return bool(lane.buffer[:size] == rounded)
-
-    for (weight, _, _), same in pool.map(work, jobs()):
-        if not same:
-            differing.add(weight)
+    differing = _differing(reading, pool)
     settled, derived = dict(tensors), dict(checkpoint.derived)
     for weight, master in checkpoint.pairs:
         if weight not in differing:
@@ -371,6 +364,39 @@ def settle(reading: Reading, pool: Pool) -> Checkpoint:
     scalars = _scalars(reading, settled)
     objects = _with_step(checkpoint.objects, scalars, notes)
     return replace(checkpoint, tensors=order, derived=derived, notes=notes, pairs=[], scalars=scalars, objects=objects)
+
+
+def _differing(reading: Reading, pool: Pool) -> set[str]:
+    """The weights that are not the rounding of their masters."""
+    tensors = reading.checkpoint.tensors
+    found: set[str] = set()
+
+    def jobs() -> Iterator[tuple[str, str, Box]]:
+        for weight, master in reading.checkpoint.pairs:
+            if tensors[weight].shape != tensors[master].shape or not can_cast(tensors[master].dtype, tensors[weight].dtype):
+                found.add(weight)
+                continue
+            item = max(ITEM_BYTES[tensors[master].dtype], ITEM_BYTES[tensors[weight].dtype])
+            for _, box in cuts(Box.whole(tensors[master].shape), item):
+                yield weight, master, box
+
+    def work(job: tuple[str, str, Box]) -> bool:
+        weight, master, box = job
+        if weight in found:
+            return True
+        lane, dtype = pool.lane, tensors[weight].dtype
+        size = box.numel * ITEM_BYTES[dtype]
+        rounded, weights = lane.buffer[:size], lane.buffer[WINDOW_BYTES // 2 :][:size]  # 16 bits: both fit, and `second` holds the master
+        if size > WINDOW_BYTES // 2:
+            weights = lane.second[:size] if dtype == tensors[master].dtype else memoryview(bytearray(size))
+        reading.fill(weight, box, weights, lane.scratch)
+        taken(reading, Take(master, box, dtype), rounded, lane)
+        return _equal(weights, rounded)
+
+    for (weight, _, _), same in pool.map(work, jobs()):
+        if not same:
+            found.add(weight)
+    return found
 
 
 def _with_step(objects: Mapping[str, Any], scalars: Mapping[str, float], notes: list[str]) -> dict[str, Any]:

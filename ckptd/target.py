@@ -14,7 +14,7 @@ from pathlib import Path
 from ckptd.errors import BadArgument, StoreFailed
 from ckptd.formats import Place
 from ckptd.reading import WINDOW_BYTES
-from ckptd.storage import open_store
+from ckptd.storage import check_name, open_store
 
 JOURNAL = ".ckptd-journal"
 REPORT_NAME = "ckptd-convert.json"
@@ -36,6 +36,7 @@ class Target:
             _check_free(path, single=single)
         self.work = path.parent / f".{path.name}.ckptd-convert"
         self.resumed: dict[str, int] = {}
+        self._made = {""}
         self._begin(fingerprint if sync else f"{fingerprint} {_boot()}")  # what was not synced is worth nothing after a power cut
 
     def _begin(self, fingerprint: str) -> None:
@@ -94,12 +95,13 @@ class Target:
 
     def open(self, name: str, nbytes: int) -> int:
         """A new file of its full size. Raises StoreFailed."""
-        path = self.work / name
-        if not path.resolve().is_relative_to(self.work.resolve()):
-            msg = f"{name!r} leaves the target"
-            raise StoreFailed(msg)
+        check_name(name)  # nothing that could leave the target
+        path = f"{self.work}/{name}"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = name.rpartition("/")[0]
+            if folder not in self._made:
+                (self.work / folder).mkdir(parents=True, exist_ok=True)
+                self._made.add(folder)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             os.ftruncate(fd, nbytes)
         except OSError as e:
