@@ -197,6 +197,14 @@ OURS = (
 """In the order in which they are asked: the most particular first (Megatron's folder is a DCP folder with one more file)."""
 
 
+ALSO = {
+    "deepspeed-universal": "universal", "ds-universal": "universal", "zero-1": "zero1", "zero-2": "zero2", "zero-3": "zero3", "deepspeed-zero1": "zero1",
+    "deepspeed-zero2": "zero2", "deepspeed-zero3": "zero3", "huggingface": "hf", "safetensors": "hf", "torch_dist": "megatron", "megatron-core": "megatron",
+    "torch.save": "torch", "pt": "torch", "dcp_safetensors": "dcp-safetensors", "native": "ckptd",
+}  # fmt: skip
+"""Other names that people have for them."""
+
+
 def formats() -> Iterator[Format]:
     """All formats: other packages' after ours."""
     for text in OURS:
@@ -214,7 +222,7 @@ def format_named(name: str) -> Format:
     """The format that `--to` means. Raises BadArgument."""
     known = list(formats())
     for one in known:
-        if one.name == name:
+        if one.name == ALSO.get(name, name):
             return one
     msg = f"{name!r} is no format that is known"
     raise BadArgument(msg, remedy="one of " + ", ".join(f.name for f in known))
