@@ -7,11 +7,8 @@ MATRIX=full loads every source into every stage and world. Skipped where deepspe
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -25,22 +22,13 @@ from ckptd.formats import ReadOptions, WriteOptions, place_of
 from ckptd.integrations import deepspeed
 from ckptd.integrations.deepspeed import UNIVERSAL, ZERO1, ZERO2, ZERO3
 from ckptd.reading import Pool, Reading, compare_replicas, settle
+from tests.convert.zero_sources import DTYPES, STAGES, VARIANTS, WORLDS
 from tests.train.harness import stop_daemon
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: see scripts/setup")]
 FORMATS = {f.name: f for f in (UNIVERSAL, ZERO1, ZERO2, ZERO3)}
 FULL = os.environ.get("MATRIX") == "full"
-STAGES, WORLDS, DTYPES = (1, 2, 3), (2, 3, 4), ("fp32", "bf16")
 TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
-VARIANTS = {  # what the plain sources do not show, each at one size
-    "robin": (3, {"stage": 2, "dtype": "fp32", "zero": {"round_robin_gradients": True}}),
-    "aligned": (3, {"stage": 1, "dtype": "bf16", "zero": {"parameter_alignment": True}}),
-    "subs": (3, {"stage": 3, "dtype": "bf16", "zero": {"sub_group_size": 20}}),
-    "sgd": (2, {"stage": 1, "dtype": "fp32", "optimizer": "sgd"}),
-    "bf16opt": (2, {"stage": 1, "dtype": "bf16", "config": {"data_types": {"grad_accum_dtype": "fp32"}}}),
-    "files": (2, {"stage": 2, "dtype": "bf16", "files": "ckptd"}),
-    "robin-bf16": (2, {"stage": 1, "dtype": "bf16", "zero": {"round_robin_gradients": True}}),
-}
 PAIRS = [  # source, target stage, target world
     *(("1-2-fp32", s, w) for s, w in ((1, 3), (2, 4), (3, 3))),
     *(("1-4-bf16", s, w) for s, w in ((1, 2), (3, 4))),
@@ -56,53 +44,20 @@ if FULL:
 UNIVERSALS = [("1-2-fp32", 1, 3), ("1-2-fp32", 3, 3), ("2-3-bf16", 2, 2), ("3-3-fp32", 3, 2), ("3-2-bf16", 2, 3), ("3-2-bf16", 3, 4)]
 
 
-class Server:
-    """`deepspeed_job.py`: one import for all worlds."""
-
-    def __init__(self, log: Path) -> None:
-        job = Path(__file__).with_name("deepspeed_job.py")
-        with log.open("w") as err:
-            self._process = subprocess.Popen([sys.executable, job], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True)
-        self.seconds = 0.0
-
-    def ask(self, world: int, tasks: list[dict]) -> list[dict]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"world": world, "tasks": tasks}) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline() or '{"error": "the job died", "seconds": 0}')
-        self.seconds += answer["seconds"]
-        assert "error" not in answer, answer["error"]
-        return answer["results"]
-
-    def close(self) -> None:
-        self._process.communicate(timeout=30)
+@pytest.fixture(scope="module")
+def root(zero_root):
+    return zero_root
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("deepspeed")
+def server(zero_server):
+    return zero_server
 
 
 @pytest.fixture(scope="module")
-def server(root):
-    made = Server(root / "log")
-    yield made
-    made.close()
-    print(f"DeepSpeed's worlds took {made.seconds:.0f} s")
-
-
-@pytest.fixture(scope="module")
-def sources(root, server):
+def sources(zero_made):
     """name -> what the job answered; the checkpoint is at root/name, what DeepSpeed says it holds at root/name.pt."""
-    plain = {f"{s}-{w}-{d}": (w, {"stage": s, "dtype": d}) for w, d, s in product(WORLDS, DTYPES, STAGES)}
-    found: dict[str, dict] = {}
-    for world in WORLDS:
-        named = {n: t for n, (w, t) in (plain | VARIANTS).items() if w == world}
-        tasks = [t | {"train": 3, "save": str(root / n), "dump": str(root / f"{n}.pt"), "next": 2} for n, t in named.items()]
-        answers = server.ask(world, tasks)
-        found |= {n: t | a for n, t, a in zip(named, tasks, answers, strict=True)}
-    return found
+    return zero_made
 
 
 def read(path: Path, tag: str = ""):
