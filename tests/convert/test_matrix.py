@@ -1,70 +1,52 @@
-"""Every source into every target and back, bit by bit: DeepSpeed's ZeRO 1, 2, 3 of 2, 3 and 4 ranks in fp32 and bf16 into each format that holds a whole
-training state, and from there into ZeRO of another stage and world.
+"""Every source into every target and back, bit by bit: DeepSpeed's ZeRO 1, 2, 3 of 2, 3 and 4 ranks in fp32 and bf16, and torch's FSDP2, HSDP, TP x FSDP2 (uneven
+too) and PP, into each format that holds a whole training state, and from there into ZeRO of another stage and world, or another of torch's.
+Megatron's are in test_megatron.py.
 
-What the sources hold is compared with what DeepSpeed says in test_deepspeed.py; here all that stands between is compared with the sources: every tensor's
+What the sources hold is compared with what the frameworks say in test_deepspeed.py and test_dcp.py; here all that stands between is compared with the sources: every tensor's
 hash, the step, and each group's settings and members in order.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from itertools import product
 
 import pytest
 
 from ckptd.convert import convert
 from ckptd.formats import WriteOptions
-from ckptd.reading import Pool, Reading, hashes, open_checkpoint, settle
+from tests.convert.dcp_job import trained_and_saved
+from tests.convert.roundtrip import TARGETS, state, there_and_back
 from tests.convert.zero_sources import DTYPES, STAGES, WORLDS
+from tests.forks import ranks
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: see scripts/setup")]
-TARGETS = ("ckptd", "dcp", "dcp-safetensors", "torch", "zero1", "zero2", "zero3", "universal")
-
-
-def state(path):
-    """(hashes by name, step, groups): all that has to come through."""
-    place, _, checkpoint = open_checkpoint(str(path))
-    pool = Pool(2)
-    try:
-        with Reading(place, checkpoint) as first:
-            settled = settle(first, pool)
-        with Reading(place, settled) as reading:
-            found = hashes(reading, pool)
-    finally:
-        pool.close()
-    groups = [{k: v for k, v in g.items() if k in {"lr", "betas", "eps", "weight_decay", "params"}} for g in settled.groups]
-    for g in groups:
-        g["betas"] = tuple(g["betas"])
-    return {n: h for n, h in found.items() if not n.startswith("extras.")}, settled.objects.get("step"), groups
+pytestmark = pytest.mark.timeout(600)
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: see scripts/setup")
 
 
+@needs_deepspeed
 @pytest.mark.parametrize("name", [f"{s}-{w}-{d}" for w, d, s in product(WORLDS, DTYPES, STAGES)])
-def test_there_and_back(zero_root, zero_made, name, tmp_path):
+def test_zero_there_and_back(zero_root, zero_made, name, tmp_path):
     stage, world, dtype = name.split("-")
-    wanted = state(zero_root / name)
-    assert wanted[1] == 3
-    done = 0
-    for number, to in enumerate(TARGETS):
-        there, back = tmp_path / to, tmp_path / f"{to}-back"
-        options = WriteOptions(ranks=1 + number % 3, drop=frozenset({"objects", "buffers"}) if to == "universal" else frozenset({"objects"}))
-        convert(str(zero_root / name), str(there), to, write=options, sync=False, workers=1)
-        got = state(there)
-        lost = wanted[0].keys() - got[0].keys()
-        assert to == "universal" or not lost, (to, sorted(lost)[:4])
-        assert {n: h for n, h in wanted[0].items() if n not in lost} == got[0], to
-        assert got[1] == wanted[1], to
-        assert got[2] == wanted[2], to
-        other = f"zero{1 + (int(stage) + number) % 3}"
-        back_options = WriteOptions(ranks=1 + (int(world) + number) % 4, dtype="BF16" if dtype == "bf16" else "F32", drop=frozenset({"objects"}), config=buffers(to))
-        convert(str(there), str(back), other, write=back_options, sync=False, workers=1)
-        again = state(back)
-        assert again[0] == got[0], (to, other)
-        assert again[1:] == wanted[1:], (to, other)
-        done += 1
-        shutil.rmtree(there) if there.is_dir() else there.unlink()
-        shutil.rmtree(back)
-    assert done == len(TARGETS)
+
+    def back(number: int, to: str) -> tuple[str, WriteOptions]:
+        options = WriteOptions(
+            ranks=1 + (int(world) + number) % 4, dtype="BF16" if dtype == "bf16" else "F32", drop=frozenset({"objects"}), config=buffers(to)
+        )
+        return f"zero{1 + (int(stage) + number) % 3}", options
+
+    assert there_and_back(zero_root / name, tmp_path, back) == 2 * len(TARGETS)
+
+
+@pytest.mark.parametrize(("kind", "world"), [("fsdp", 3), ("fsdp", 4), ("hsdp", 4), ("tp_fsdp", 4), ("tp_fsdp", 6), ("pp", 2)])
+def test_torch_there_and_back(kind, world, tmp_path):
+    """Uneven sizes: 53 tokens, width 6, hidden 7."""
+    ranks(world, trained_and_saved(kind, str(tmp_path / "source"), flat=kind == "pp"))
+
+    def back(number: int, to: str) -> tuple[str, WriteOptions]:
+        return ("dcp", "dcp-safetensors", "torch")[number % 3], WriteOptions(ranks=1 + number % 4, drop=frozenset({"objects"}))
+
+    assert there_and_back(tmp_path / "source", tmp_path, back) == 2 * len(TARGETS)
 
 
 def buffers(source: str) -> dict[str, str]:
@@ -72,6 +54,7 @@ def buffers(source: str) -> dict[str, str]:
     return {"buffers": "seen,count"} if source in {"ckptd", "dcp", "dcp-safetensors", "torch"} else {}
 
 
+@needs_deepspeed
 @pytest.mark.parametrize("name", ["1-2-fp32", "2-3-bf16", "3-4-bf16"])
 def test_weights_alone(zero_root, zero_made, name, tmp_path):
     wanted = state(zero_root / name)[0]
