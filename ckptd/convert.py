@@ -32,8 +32,20 @@ from ckptd.core.image import ITEM_BYTES
 from ckptd.core.logical import Checkpoint
 from ckptd.errors import BadBytes, Divergent, StoreFailed, Unstorable
 from ckptd.formats import Place, Plan, ReadOptions, WriteOptions, format_named
-from ckptd.reading import WINDOW_BYTES, Hash, Pool, Reading, compare_replicas, hashes, open_checkpoint, settle, taken, workers_for
-from ckptd.target import Target
+from ckptd.reading import (
+    BUFFER_BYTES,
+    WINDOW_BYTES,
+    Hash,
+    Pool,
+    Reading,
+    compare_replicas,
+    hashes,
+    open_checkpoint,
+    settle,
+    taken,
+    workers_for,
+)
+from ckptd.target import Target, write_at
 from ckptd.windows import Sums, Window, flat, windows
 
 try:
@@ -210,18 +222,18 @@ class _Writing:
         self._left: dict[int, int] = {}
         self._sums: dict[int, Sums] = {}
         self._sizes = [f.nbytes for f in files]
-        self._single: dict[int, bool] = {}
+        self._small = [0 < n <= BUFFER_BYTES for n in self._sizes]  # one window is all of it: its thread does everything
         self.hashes: dict[str, Hash] = {}
 
     def windows(self) -> Iterator[Window]:
         """All windows, file by file; a file is made when its first one is asked for."""
         for number, file in enumerate(self._files):
-            self._fds[number] = self._out.open(file.name, self._sizes[number])
+            if not self._small[number]:
+                self._fds[number] = self._out.open(file.name, self._sizes[number])
             self._sums[number] = Sums()
             self._left[number] = 1  # more are to come
             for window in windows(number, file, self._hashed):
                 self._left[number] += 1
-                self._single[number] = window.nbytes == self._sizes[number]
                 yield window
             self._one_less(number)
 
@@ -235,15 +247,17 @@ class _Writing:
             else:
                 here[:] = piece.data if piece.data is not None else bytes(piece.nbytes)
         crcs = [(mark, window.begin + at, crc32(lane.buffer[at : at + size]), size) for mark, at, size in window.marks]
-        if window.nbytes == self._sizes[window.file]:  # the whole file: nothing is left to be sealed later
+        if self._small[window.file]:
             for at, data in self._sealed(window.file, {mark: crc for mark, _, crc, _ in crcs}):
                 lane.buffer[at : at + len(data)] = data
-        _put(self._fds[window.file], lane.buffer[: window.nbytes], window.begin)
+            self._out.put(self._files[window.file].name, lane.buffer[: window.nbytes])
+        else:
+            write_at(self._fds[window.file], lane.buffer[: window.nbytes], window.begin)
         return crcs, [xxhash.xxh3_128_digest(lane.buffer[at : at + size]) for _, _, at, size in window.blocks]
 
     def filled(self, window: Window, crcs: list[tuple[str, int, int, int]], digests: list[bytes]) -> None:
         """A window is done; with the last one of a file, the file is."""
-        for mark, at, crc, size in () if self._single[window.file] else crcs:
+        for mark, at, crc, size in crcs:
             self._sums[window.file].parts.setdefault(mark, []).append((at, crc, size))
         for (name, block, _, _), digest in zip(window.blocks, digests, strict=True):
             self.hashes.setdefault(name, Hash()).blocks[block] = digest
@@ -253,11 +267,13 @@ class _Writing:
         self._left[number] -= 1
         if self._left[number]:
             return
-        sums, one = self._sums.pop(number), self._single.pop(number, False)
-        if not one:
-            for at, data in self._sealed(number, sums.joined()):
-                _put(self._fds[number], data, at)
-        self._out.done(self._files[number].name, self._fds.pop(number), self._sizes[number])
+        sums, name, size = self._sums.pop(number), self._files[number].name, self._sizes[number]
+        if self._small[number]:
+            self._out.remember(name, size)
+            return
+        for at, data in self._sealed(number, sums.joined()):
+            write_at(self._fds[number], data, at)
+        self._out.done(name, self._fds.pop(number), size)
 
     def _sealed(self, number: int, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
         """(place, bytes) of what follows from the CRCs."""
@@ -309,13 +325,6 @@ def _whole(checkpoint: Checkpoint, files: Sequence[OutFile], to_hash: Mapping[st
                 is_whole = segment.box.extent == checkpoint.tensors[segment.name].shape
                 count[segment.name] = count.get(segment.name, 0) + (1 if is_whole else 2)
     return {name: to_hash[name] for name, n in count.items() if n == 1}
-
-
-def _put(fd: int, data: bytes | memoryview, at: int) -> None:
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, at)
-        view, at = view[done:], at + done
 
 
 def _check(

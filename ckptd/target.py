@@ -114,6 +114,20 @@ class Target:
         if self._sync:
             os.fsync(fd)
         os.close(fd)
+        self.remember(name, nbytes)
+
+    def put(self, name: str, data: memoryview) -> None:
+        """A whole file, synced; any thread may. `remember` it afterwards."""
+        fd = self.open(name, len(data))
+        try:
+            write_at(fd, data, 0)
+            if self._sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def remember(self, name: str, nbytes: int) -> None:
+        """This file is complete."""
         self._journal.write(f"{nbytes} {name}\n")
         self._journal.flush()
 
@@ -183,6 +197,14 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return "unknown"
+
+
+def write_at(fd: int, data: bytes | memoryview, at: int) -> None:
+    """All of it."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, at)
+        view, at = view[done:], at + done
 
 
 def _sync_folder(path: Path) -> None:
