@@ -232,6 +232,45 @@ class Run:
         self.iteration = loaded["iteration"]
         return {k: v for k, v in loaded.items() if isinstance(v, int | float | dict) and k not in ("model", "optimizer")}
 
+    # --- live ---------------------------------------------------------------------------------------------------------------
+
+    def live(self, how, rank):
+        """A ckptd session: restore what there is, train `steps` more, each captured."""
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        from ckptd.integrations.megatron_live import attach
+
+        os.environ["LOCAL_RANK"] = str(rank)
+        args = argparse.Namespace(iteration=0, consumed_train_samples=0)
+        scheduler = OptimizerParamScheduler(
+            self.optimizer, init_lr=0.0, max_lr=0.01, min_lr=0.001, lr_warmup_steps=0, lr_decay_steps=100, lr_decay_style="linear",
+            start_wd=0.1, end_wd=0.1, wd_incr_steps=100, wd_incr_style="constant", use_checkpoint_opt_param_scheduler=True, override_opt_param_scheduler=False,
+        ) if how["decay"] else None  # fmt: skip
+        session = attach(
+            [self.model], self.optimizer, scheduler=scheduler, args=args, job=how["job"], directory=how["directory"], store=how.get("store", ""),
+            required=True, parity=0,
+        )  # fmt: skip
+        done = session.restore()
+        self.iteration, losses = args.iteration, []
+        for step in range(done.step + 1, done.step + 1 + how["steps"]):
+            losses.append(self.invented() if how.get("invented") else self.step())
+            if scheduler:
+                scheduler.step(increment=BATCH)
+            args.iteration, args.consumed_train_samples = step, args.consumed_train_samples + BATCH
+            session.step(step)
+            if not session.wait("committed", step, timeout_s=60):
+                raise TimeoutError(session.status())
+        if how["steps"] and how.get("store"):
+            session.persist(self.iteration)
+            if not session.wait("persisted", timeout_s=60):
+                raise TimeoutError(session.status())
+        counts = session.status()["counts"]
+        session.close()
+        return {
+            "step": done.step, "source": done.source, "losses": losses, "counts": counts, "missing": done.missing, "unexpected": done.unexpected,
+            "samples": args.consumed_train_samples, "num_steps": getattr(scheduler, "num_steps", None), "lr": [g["lr"] for g in self.optimizer.param_groups],
+        }  # fmt: skip
+
     # --- legacy -------------------------------------------------------------------------------------------------------------
 
     def save_legacy(self, root):
@@ -346,7 +385,7 @@ class Run:
 
 
 def obey(command, rank):
-    """One command: {world, port, run: {...}, load?, steps, save?, legacy?, dump?, more} -> {"losses", "after", "loaded"}."""
+    """One command: {world, port, run: {...}, load?, live?, steps, save?, legacy?, dump?, more} -> {"losses", "after", "loaded"}."""
     import torch
     import torch.distributed as dist
 
@@ -364,6 +403,8 @@ def obey(command, rank):
             answer["loaded"] = run.load(command["load"], command.get("sharding"), singleton=command.get("singleton", False))
         if "load_legacy" in command:
             run.load_legacy(command["load_legacy"])
+        if "live" in command:
+            answer["live"] = run.live(command["live"], rank)
         answer["losses"] = [run.invented() if command.get("invented") else run.step() for _ in range(command.get("steps", 0))]
         for folder, sharding, singleton in command.get("save", []):
             if rank == 0:
