@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import platform
+import random
 import shutil
 import signal
 import socket
@@ -69,13 +70,16 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def rates(cases: dict[str, Callable[[], Any]], rounds: int, nbytes: int) -> dict[str, list[float]]:
-    """case -> bytes per second by round, where each case does `nbytes`; warmed up, interleaved, in rotating order."""
+    """case -> bytes per second by round, where each case does `nbytes`; warmed up, interleaved, in an order that is drawn anew for each round.
+
+    Drawn, not rotated: rotation keeps neighbours together, and what ran before leaves caches and memory as it left them (10 % for a kernel at the speed of memory).
+    """
     found: dict[str, list[float]] = {name: [] for name in cases}
     for work in cases.values():
         work()
     with no_collector():
         for turn in range(rounds):
-            for name in rotated([*cases], turn):
+            for name in random.Random(turn).sample([*cases], len(cases)):
                 found[name].append(nbytes / timed(cases[name]))
     return found
 
