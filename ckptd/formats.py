@@ -13,7 +13,7 @@ A reader executes nothing that it reads (`core.pickles`), reads headers and pick
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -236,6 +236,15 @@ def recognise(place: Place) -> Format:
     some = ", ".join(list(place.files)[:4]) or "nothing"
     msg = f"{place.label}: no format is recognised in {some}"
     raise BadForeign(msg, remedy="give the folder that holds the checkpoint's files, or one file; `ckptd convert --help` lists the formats")
+
+
+def check_settings(options: WriteOptions, known: Iterable[str], target: str) -> None:
+    """Raise BadArgument for a setting (`--config`) that the target does not have."""
+    names = sorted(known)
+    unknown = sorted(set(options.config) - {*names})
+    if unknown:
+        msg = f"--config {unknown[0]}: {target} has no such setting"
+        raise BadArgument(msg, remedy="there are " + ", ".join(names) if names else "there are none")
 
 
 def need_drop(what: str, names: Sequence[str], options: WriteOptions, target: str) -> list[str]:

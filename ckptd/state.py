@@ -145,6 +145,26 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+class Cut:
+    """A view of a live tensor, the same object as long as the tensor stays where it is: a session tells by identity that nothing changed.
+
+    `source`: the live tensor, or None while it does not exist. `cut`: the view of it, detached.
+    """
+
+    def __init__(self, source: Callable[[], Tensor | None], cut: Callable[[Tensor], Tensor]) -> None:
+        self._source, self._cut = source, cut
+        self._key: tuple[int, int] | None = None
+        self._held: Tensor | None = None
+
+    def __call__(self) -> Tensor | None:
+        """The view, or None."""
+        live = self._source()
+        key = None if live is None else (id(live), live.data_ptr())
+        if key != self._key:
+            self._key, self._held = key, None if live is None else self._cut(live.detach())
+        return self._held
+
+
 def stored_view(tensor: Tensor, view: str) -> Tensor:
     """The local tensor as it is stored: itself, or its bytes with one more dimension."""
     return tensor.unsqueeze(-1).view(torch.uint8) if view else tensor

@@ -35,7 +35,7 @@ from ckptd.core.logical import GROUPS, Checkpoint, Row, Tensor, row_of
 from ckptd.core.pickles import Dtype, Global, Made
 from ckptd.core.pickling import Call, call, dumps
 from ckptd.errors import BadArgument, BadForeign, BadImage, NotFound, Unstorable
-from ckptd.formats import Place, Plan, ReadOptions, WriteOptions
+from ckptd.formats import Place, Plan, ReadOptions, WriteOptions, check_settings
 from ckptd.integrations.dcp_read import Reader, assemble
 from ckptd.integrations.native import AsTensor
 from ckptd.integrations.torch_state import Outgoing, listed, truth
@@ -113,10 +113,7 @@ def _number_in(folder: str) -> int:
 
 
 def _check_options(options: WriteOptions, known: set[str], target: str) -> None:
-    unknown = sorted(set(options.config) - known)
-    if unknown:
-        msg = f"--config {unknown[0]}: {target} has no such setting"
-        raise BadArgument(msg, remedy="there are " + ", ".join(sorted(known)) if known else "there are none")
+    check_settings(options, known, target)
     if options.ranks < 1 or (options.tp, options.pp) != (1, 1):
         msg = f"{options.ranks} ranks with tp {options.tp} and pp {options.pp}"
         raise BadArgument(msg, remedy="give --ranks alone: dcp.load cuts to any mesh")

@@ -25,7 +25,7 @@ from ckptd.core.inert import Dtype, Global, Made
 from ckptd.core.logical import GROUPS, MODEL, STATE, Checkpoint
 from ckptd.core.pickling import call
 from ckptd.errors import BadArgument, Unstorable
-from ckptd.formats import Plan, WriteOptions, need_drop
+from ckptd.formats import Plan, WriteOptions, check_settings, need_drop
 from ckptd.integrations.deepspeed import LATEST, LATEST_UNIVERSAL, OWN_KEYS, setting
 from ckptd.integrations.native import PYTHON_SLOTS, AsTensor
 
@@ -111,10 +111,7 @@ class _Writer:
     """What all files of a target share."""
 
     def __init__(self, source: Checkpoint, options: WriteOptions, stage: int) -> None:
-        unknown = sorted(set(options.config) - {*SETTINGS})
-        if unknown:
-            msg = f"--config {unknown[0]}: DeepSpeed's writer has no such setting"
-            raise BadArgument(msg, remedy="there are " + ", ".join(SETTINGS))
+        check_settings(options, SETTINGS, "DeepSpeed's writer")
         if options.ranks < 1 or (options.tp, options.pp) != (1, 1):
             msg = f"{options.ranks} data parallel ranks with tp {options.tp} and pp {options.pp}"
             raise BadArgument(msg, remedy="DeepSpeed is written for data parallel ranks: give --ranks alone")

@@ -31,8 +31,8 @@ from ckptd.core.emit import Known, OutFile, Plain, Take, Taken, Zeros, torch_fil
 from ckptd.core.image import ITEM_BYTES
 from ckptd.core.logical import GROUPS, MODEL, STATE, Checkpoint, Row
 from ckptd.core.pickles import Dtype, Global, Made
-from ckptd.errors import BadArgument, BadForeign, Unstorable
-from ckptd.formats import Place, Plan, ReadOptions, WriteOptions, need_drop
+from ckptd.errors import BadForeign, Unstorable
+from ckptd.formats import Place, Plan, ReadOptions, WriteOptions, check_settings, need_drop
 from ckptd.integrations import megatron_layout as layout
 from ckptd.integrations.megatron_parts import (
     LATEST,
@@ -393,10 +393,7 @@ class _Writer:
     """One target being planned."""
 
     def __init__(self, checkpoint: Checkpoint, options: WriteOptions) -> None:
-        known = {"optimizer", "spec", "args"}
-        if unknown := sorted(set(options.config) - known):
-            msg = f"--config {unknown[0]}: the format {LEGACY.name} has no such setting"
-            raise BadArgument(msg, remedy="there are " + ", ".join(sorted(known)))
+        check_settings(options, {"optimizer", "spec", "args"}, f"the format {LEGACY.name}")
         self.source, self.options = checkpoint, options
         self.local = options.config.get("spec", "te") == "local"
         self.plain = options.config.get("optimizer", "distributed") == "plain"

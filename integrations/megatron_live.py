@@ -53,20 +53,9 @@ class _Part:
         self.fqn, self.shape, self.box, self.row = fqn, shape, box, row
 
 
-class _Rows:
-    """Rows of a tensor, the same object as long as the tensor stays where it is: a session tells by identity that nothing changed."""
-
-    def __init__(self, source: Callable[[], Tensor | None], row: int, count: int) -> None:
-        self._source, self._row, self._count = source, row, count
-        self._key: tuple[int, int] | None = None
-        self._held: Tensor | None = None
-
-    def __call__(self) -> Tensor | None:
-        live = self._source()
-        key = None if live is None else (id(live), live.data_ptr())
-        if key != self._key:
-            self._key, self._held = key, None if live is None else live.detach().narrow(0, self._row, self._count)
-        return self._held
+def _rows(source: Callable[[], Tensor | None], row: int, count: int) -> state.Cut:
+    """Some rows of a live tensor."""
+    return state.Cut(source, lambda live: live.narrow(0, row, count))
 
 
 def _cut(leaf: Leaf, parts: Sequence[_Part], name: str) -> Iterator[Leaf]:
@@ -75,7 +64,7 @@ def _cut(leaf: Leaf, parts: Sequence[_Part], name: str) -> Iterator[Leaf]:
         msg = f"{leaf.name}: tensors that safetensors has no dtype for ({leaf.view}) are not cut"
         raise Unstorable(msg)
     for part in parts:
-        resolve = leaf.resolve if part.row is None else _Rows(leaf.resolve, part.row, part.box.extent[0])
+        resolve = leaf.resolve if part.row is None else _rows(leaf.resolve, part.row, part.box.extent[0])
         yield replace(leaf, name=name.format(part.fqn), shape=part.shape, box=part.box, resolve=resolve, assumed=True)
 
 

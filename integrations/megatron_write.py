@@ -20,8 +20,8 @@ from ckptd.core.emit import Entry, Known, OutFile, Segment, Take, Taken, torch_f
 from ckptd.core.logical import GROUPS, MODEL, STATE, Checkpoint
 from ckptd.core.pickles import Dtype, Global, Made
 from ckptd.core.pickling import TORCH_NAMES, Call, call, dumps
-from ckptd.errors import BadArgument, Unstorable
-from ckptd.formats import Plan, WriteOptions, need_drop
+from ckptd.errors import Unstorable
+from ckptd.formats import Plan, WriteOptions, check_settings, need_drop
 from ckptd.integrations import megatron_layout as layout
 from ckptd.integrations.megatron_parts import LATEST
 from ckptd.integrations.native import AsTensor
@@ -144,10 +144,7 @@ class Writer:
     """One target being planned."""
 
     def __init__(self, checkpoint: Checkpoint, options: WriteOptions) -> None:
-        known = {"optimizer", "layers", "args"}
-        if unknown := sorted(set(options.config) - known):
-            msg = f"--config {unknown[0]}: the format megatron has no such setting"
-            raise BadArgument(msg, remedy="there are " + ", ".join(sorted(known)))
+        check_settings(options, {"optimizer", "layers", "args"}, "the format megatron")
         self.source, self.options = checkpoint, options
         self.plain = options.config.get("optimizer", "fully_reshardable") == "plain"
         self.stacked = options.config.get("layers", "stacked") == "stacked"

@@ -33,7 +33,7 @@ from ckptd.core.emit import Known, OutFile, Segment, Take
 from ckptd.core.image import Entry, Image, Layout, Piece, header_bytes_of, lay_out, parse
 from ckptd.core.logical import GROUPS, MODEL, STATE, Checkpoint, Tensor, row_of
 from ckptd.errors import BadArgument, BadForeign, BadImage, CkptdError, NotFound, Unstorable
-from ckptd.formats import Place, Plan, ReadOptions, WriteOptions
+from ckptd.formats import Place, Plan, ReadOptions, WriteOptions, check_settings
 from ckptd.storage import checkpoint
 
 SCALARS, PYTHON_SLOTS, STEP = "optim.scalars", "optim.python_slots", "step"
@@ -426,10 +426,7 @@ class _Writer:
     """One target being planned."""
 
     def __init__(self, source: Checkpoint, options: WriteOptions) -> None:
-        unknown = sorted(set(options.config) - {*SETTINGS})
-        if unknown:
-            msg = f"--config {unknown[0]}: ckptd has no such setting"
-            raise BadArgument(msg, remedy="there are " + ", ".join(SETTINGS))
+        check_settings(options, SETTINGS, "ckptd")
         if options.ranks < 1 or (options.tp, options.pp) != (1, 1):
             msg = f"{options.ranks} images with tp {options.tp} and pp {options.pp}"
             raise BadArgument(msg, remedy="give --ranks alone: a restore cuts to any mesh, whatever the images are")

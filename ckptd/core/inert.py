@@ -339,7 +339,7 @@ def fill_array(target: np.ndarray[Any, Any], state: Any) -> None:
     _, shape, code, fortran, raw = state
     dtype = _dtype_of(code)
     dims = _checked_shape(shape, dtype, raw)
-    target.__setstate__((1, dims, dtype, bool(fortran), bytes(raw)))  # type: ignore[arg-type]
+    target.__setstate__((1, dims, dtype, bool(fortran), bytes(raw)))  # type: ignore[arg-type]  # numpy's stub knows only its oldest form
 
 
 def _frombuffer(raw: Any, code: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:

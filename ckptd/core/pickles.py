@@ -386,7 +386,7 @@ class _Machine:
             elif type(target) is Made:
                 if not target.pairs:
                     target.pairs = []
-                target.pairs.extend(zip(items[::2], items[1::2], strict=True))  # type: ignore[attr-defined]
+                target.pairs.extend(zip(items[::2], items[1::2], strict=True))  # type: ignore[attr-defined]  # a list since the line above
             else:
                 _refuse(at, f"an item is set in a {name_of(target)}")
         elif op in {0x65, 0x61}:  # APPENDS, APPEND
@@ -396,7 +396,7 @@ class _Machine:
             elif type(target) is Made:
                 if not target.items:
                     target.items = []
-                target.items.extend(items)  # type: ignore[attr-defined]
+                target.items.extend(items)  # type: ignore[attr-defined]  # a list since the line above
             else:
                 _refuse(at, f"an item is appended to a {name_of(target)}")
         elif op == 0x6C:  # LIST
@@ -609,7 +609,7 @@ def _parts_of(node: Any) -> Iterable[Any]:
         return node.values()  # keys are small, see is_key
     if type(node) is Made:
         return (*node.args, node.state, *node.items, *(v for _, v in node.pairs), node.kwargs)
-    return node  # type: ignore[no-any-return]
+    return node  # type: ignore[no-any-return]  # a list, tuple or set: `_measure` asks for nothing else
 
 
 _CONTAINERS = frozenset({list, tuple, dict, Made})
