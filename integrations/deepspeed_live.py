@@ -110,24 +110,9 @@ def _flat3(opt: Any, k: int) -> _Flat:
     return _Flat(tensor, opt.sub_group_to_group_id[k], shapes, parts)
 
 
-def _view(tensor: Tensor | None, at: int, box: Box) -> Tensor | None:
-    return None if tensor is None else tensor.detach().view(-1)[at : at + box.numel].view(box.extent)
-
-
-class _Views:
-    """Views into a flat tensor, the same objects as long as it stays where it is: a session tells by identity that nothing changed."""
-
-    def __init__(self, source: Callable[[], Tensor | None], at: int, box: Box) -> None:
-        self._source, self._at, self._box = source, at, box
-        self._key: tuple[int, int] | None = None
-        self._held: Tensor | None = None
-
-    def __call__(self) -> Tensor | None:
-        live = self._source()
-        key = None if live is None else (id(live), live.data_ptr())
-        if key != self._key:
-            self._key, self._held = key, _view(live, self._at, self._box)
-        return self._held
+def _flat(source: Callable[[], Tensor | None], at: int, box: Box) -> state.Cut:
+    """A box whose elements lie in a flat tensor, one after the other, from element `at` on."""
+    return state.Cut(source, lambda live: live.view(-1)[at : at + box.numel].view(box.extent))
 
 
 class Partitions:
@@ -176,7 +161,7 @@ class Partitions:
         dtype = state.DTYPES[flat.tensor.dtype]
         for part in flat.parts:
             for box, at in part.boxes():
-                yield Leaf(f"model.{part.fqn}", dtype, part.shape, box, "", _Views(lambda: flat.tensor, at, box))
+                yield Leaf(f"model.{part.fqn}", dtype, part.shape, box, "", _flat(lambda: flat.tensor, at, box))
 
     def _moments(self, flat: _Flat, slot: str, dtype: torch.dtype, *, vector: bool) -> Iterator[Leaf]:
         code, inner = state.DTYPES[dtype], self._inner
@@ -193,7 +178,7 @@ class Partitions:
         if vector:
             for part in flat.parts:
                 for box, at in part.boxes():
-                    yield Leaf(f"optim.state.{part.fqn}.{slot}", code, part.shape, box, "", _Views(live, at, box), like=make)
+                    yield Leaf(f"optim.state.{part.fqn}.{slot}", code, part.shape, box, "", _flat(live, at, box), like=make)
             return
         scalar = Box((), ())
         for fqn in flat.shapes:
@@ -214,7 +199,7 @@ class Partitions:
             start = min(dist.get_rank(p.ds_process_group) * share, prod(shape))
             part = _Part(fqn, shape, start, min(share, prod(shape) - start), 0)
             for box, at in part.boxes():
-                yield Leaf(f"model.{fqn}", state.DTYPES[p.ds_tensor.dtype], shape, box, "", _Views(_tensor_of(p), at, box))
+                yield Leaf(f"model.{fqn}", state.DTYPES[p.ds_tensor.dtype], shape, box, "", _flat(_tensor_of(p), at, box))
 
     # --- objects
 
