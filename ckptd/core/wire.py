@@ -20,7 +20,7 @@ from ckptd.core.ladder import Holding, Key, Remains
 from ckptd.core.rendezvous import NODES_MAX, Beat, Roster, Text, Wish
 from ckptd.errors import NotFound, PeerFailed
 
-PROTOCOL = 3
+PROTOCOL = 4
 MESSAGE_BYTES_MAX = 16 << 20
 """The longest message holds the checksums of an image: 16 MiB are those of one TiB."""
 
@@ -30,6 +30,9 @@ REQUEST_BYTES_MAX = 2 << 20
 RANGES_MAX = 1 << 17
 """Of blocks in one Ensure: as many as in 256 GiB, none beside another."""
 LABELS_MAX, REPLICAS_MAX = 16, 1 << 14
+STACK_CHARS_MAX = 64 << 10
+WATCH_BYTES_MAX = 8 << 20
+"""Of a node's summaries in one message."""
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -50,7 +53,7 @@ class Hello(Request, frozen=True, kw_only=True):
 
     job: str = ""
     role: str = "rank"
-    """"rank", "keeper" (launcher: is given every arena of the job), "agent" (launcher: takes part in the rendezvous) or "cli"."""
+    """"rank", "tap" (a trainer's collectives), "keeper" (launcher: is given every arena of the job), "agent" (launcher: takes part in the rendezvous) or "cli"."""
     rank: int = -1
     protocol: int = PROTOCOL
 
@@ -170,6 +173,23 @@ def parse_image_id(image: str) -> tuple[str, int, int, int]:
         raise NotFound(msg) from e
 
 
+class Watch(Request, frozen=True, kw_only=True):
+    """+ ring fd: a tap has its rank watched, whose header says the rest (monitor/record.py). Again when job or attempt became known. Answer: Watched."""
+
+    job: str
+    rank: int
+    attempt: int = 0
+    policy: Text = ""
+    """What may follow from a verdict: "report", "snapshot", "restart" or "evict"; "": as the launcher or the daemon was told."""
+
+
+class Watched(Message, frozen=True, kw_only=True):
+    """Heard. `watching`: false where the daemon was told not to watch; the tap may then stop writing."""
+
+    id: int
+    watching: bool = True
+
+
 class Forget(Request, frozen=True, kw_only=True):
     """The job is over: free its memory. Answer: Done."""
 
@@ -281,6 +301,54 @@ class Closed(Message, frozen=True, kw_only=True):
     """To an agent: the job is over. From one: so it is, for all nodes."""
 
 
+class ProbeAsked(Message, frozen=True, kw_only=True):
+    """To a tap: at the end of the step that is under way, measure "compute" or "memory" for about `seconds`, and say Probed."""
+
+    probe: int
+    kind: Text
+    seconds: float
+
+
+class ProbeDone(Message, frozen=True, kw_only=True):
+    """From a tap: what it measured, per second (FLOP or bytes); 0: it could not."""
+
+    probe: int
+    kind: Text
+    rate: float
+    device: Text = "cpu"
+
+
+class StacksAsked(Message, frozen=True, kw_only=True):
+    """To a tap: say where all threads stand (by faulthandler's C code, which needs no GIL). Answer: Stacks, as far as the process can."""
+
+    ask: int
+
+
+class StacksDone(Message, frozen=True, kw_only=True):
+    """From a tap."""
+
+    ask: int
+    text: Annotated[str, Meta(max_length=STACK_CHARS_MAX)]
+
+
+class Act(Message, frozen=True, kw_only=True):
+    """To a keeper (launcher): do what policy says of a verdict: "restart" the job's workers, or "evict" `ranks` (of this attempt) and go on without them."""
+
+    verdict: int
+    attempt: int
+    action: Text
+    ranks: list[int]
+    why: Text
+
+
+class Acted(Message, frozen=True, kw_only=True):
+    """From a keeper: what it did, or why not (`done` false)."""
+
+    verdict: int
+    done: bool
+    what: Text
+
+
 class Reached(Message, frozen=True, kw_only=True):
     """A snapshot reached a state: "committed", "protected", "persisted", "skipped", "persist failed: ..."."""
 
@@ -339,6 +407,35 @@ class PeerBeat(Message, frozen=True, kw_only=True):
     beat: Beat
 
 
+class PeerWatch(Message, frozen=True, kw_only=True):
+    """To the job's coordinator (node 0): a monitor.report.Report, encoded. To all: a death ("crash"), at once."""
+
+    job: str
+    attempt: int
+    node: int
+    report: Annotated[bytes, Meta(max_length=WATCH_BYTES_MAX)]
+
+
+class PeerAsk(Message, frozen=True, kw_only=True):
+    """From the coordinator: "compute" or "memory" (have `ranks` probed), "transfer" (measure to node `other`), "stacks" or "pulses" of `ranks`."""
+
+    job: str
+    attempt: int
+    ask: int
+    what: Text
+    ranks: Annotated[list[int], Meta(max_length=NODES_MAX)] = []
+    other: int = -1
+    seconds: float = 0.2
+
+
+class PeerVerdict(Message, frozen=True, kw_only=True):
+    """From the coordinator to all: a monitor.report.Verdict, encoded; `action` is what each node's launcher is told."""
+
+    job: str
+    attempt: int
+    verdict: Annotated[bytes, Meta(max_length=WATCH_BYTES_MAX)]
+
+
 class Describe(Message, frozen=True, kw_only=True):
     """What is image `rank` of this snapshot? Answer: Described or Refused (id 0)."""
 
@@ -389,12 +486,14 @@ class Blocks(Message, frozen=True, kw_only=True):
 LOCAL = (
     Hello | Welcome | Join | Granted | Open | Opened | Ensure | Enter | Entered | Gathered | Regroup | Closed | Forget | Status | Report | Shutdown | Done | Refused
     | Filled | Skipped | Persist | Chose | RestoreFailed | HandBack | Kept | Dropped | Reached
+    | Watch | Watched | ProbeAsked | ProbeDone | StacksAsked | StacksDone | Act | Acted
 )  # fmt: skip
 TO_DAEMON = (
     Hello | Join | Open | Ensure | Enter | Forget | Status | Shutdown | Filled | Skipped | Persist | Chose | RestoreFailed | HandBack | Closed
+    | Watch | ProbeDone | StacksDone | Acted
 )
 """What a daemon takes from a client: none of it is long, and what it says itself is not decoded again."""
-REMOTE = Knock | Prove | PeerHello | PeerNews | PeerBeat | Describe | Described | List | Listed | Fetch | Blocks | Refused
+REMOTE = Knock | Prove | PeerHello | PeerNews | PeerBeat | PeerWatch | PeerAsk | PeerVerdict | Describe | Described | List | Listed | Fetch | Blocks | Refused
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS = {"local": msgspec.msgpack.Decoder(LOCAL), "daemon": msgspec.msgpack.Decoder(TO_DAEMON), "remote": msgspec.msgpack.Decoder(REMOTE)}

@@ -20,7 +20,7 @@ from ckptd.errors import PeerFailed
 
 KINDS = {"local": typing.get_args(wire.LOCAL), "remote": typing.get_args(wire.REMOTE)}
 EXAMPLES = {
-    int: 7, str: "häßlich\u2028", bytes: b"\x00\xff", bool: True, list[Holding]: [Holding(1, 2, 3, (0, 2), "committed")],
+    int: 7, float: 0.25, list[int]: [1, 2], str: "häßlich\u2028", bytes: b"\x00\xff", bool: True, list[Holding]: [Holding(1, 2, 3, (0, 2), "committed")],
     list[tuple[int, int, str]]: [(1, 2, "memory")], list[str]: ["a:1", ""], list[tuple[int, int]]: [(0, 3)],
     dict[str, typing.Any]: {"x": [1, {"y": None}]}, dict[int, bytes]: {3: b"abc"}, dict[str, str]: {"rack": "r1"},
     list[dict[str, str]]: [{"rack": "r1"}, {}], Key | None: (3, 4), list[tuple[int, int, bytes]]: [(1, 2, b"x")],
