@@ -48,7 +48,7 @@ class RankInfo(msgspec.Struct, frozen=True):
 class GroupStep(msgspec.Struct, frozen=True, array_like=True):
     """One group in one step of one rank.
 
-    `seq`: collectives entered when the step ended; `history`: their rolling hash. `inside_us`: sum over the step's operations from entering to being done (0 where
+    `seq`: collectives entered when the step ended; `history`: a hash of those of this step, in order (0: none). `inside_us`: sum over the step's operations from entering to being done (0 where
     nothing says when they were done); `least_us`: the same, taking of each operation the least over this node's members: what is left is transfer, not waiting.
     """
 

@@ -1,0 +1,327 @@
+"""A rank's records become one summary per step. Pure: records and samples in, summaries out.
+
+A step ends at a STEP mark (its own, by the optimizer's hook; once the session numbers steps, the numbered ones only). What lies before the last mark is whole: its
+operations are done, or will never say so. A step of more records than half a ring is taken in parts.
+
+How waiting is told from working, without any other clock than the rank's own (monitoring, self-gap):
+
+    self = sum over operations of (entry - sync)        sync: the latest of
+                                                         - the entry or return of the operation before,
+                                                         - the end of any earlier operation that nobody was seen to wait for,
+           - time seen in waits since                    (Work.wait returned: WAITED)
+
+so a rank that waits for others inside an operation, in a wait, or until a reducer has finished is not working, whoever called. An operation that overlaps with
+compute hides part of that compute, of all ranks alike.
+
+Many steps are summed in one pass over arrays: with steps of 20 ms a daemon has 400 of them per second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ckptd.monitor import record
+from ckptd.monitor.report import GroupStep, StepSummary
+from ckptd.monitor.ring import Group
+
+Array = np.ndarray[Any, Any]
+
+PENDING_MAX_S = 600.0
+SAMPLES_MAX = 4096
+UNEVEN = np.isin(np.arange(256), [record.OPS.index(n) for n in ("all_gather", "reduce_scatter", "all_to_all", "gather", "scatter", "all_gather_coalesced", "reduce_scatter_coalesced")])
+"""Operations whose members may bring different sizes: their bytes do not count when programs and histories are compared."""
+PARTS = (record.DATA, record.GC, record.CHECKPOINT, record.EVAL, record.COMPILE, record.OPTIMIZER, record.RESTORE, record.PROBE)
+
+_MIX = tuple(np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def mix(words: Array) -> Array:
+    """SplitMix64's finaliser (Steele et al., OOPSLA 2014): every bit of a word changes half of the result's."""
+    with np.errstate(over="ignore"):
+        z = words + _MIX[0]
+        z = (z ^ (z >> np.uint64(30))) * _MIX[1]
+        z = (z ^ (z >> np.uint64(27))) * _MIX[2]
+        return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """The collectives of one step with a known end: (group key, sequence number) and how long the rank was inside. For joining with the node's other ranks."""
+
+    keys: Array
+    seqs: Array
+    inside_ns: Array
+
+
+@dataclass(slots=True)
+class Done:
+    """One step, and what joining it needs."""
+
+    summary: StepSummary
+    timed: Timed
+
+
+@dataclass(slots=True)
+class Samples:
+    """What the kernel said of the rank's thread, by the node's clock: processor time and time spent waiting for a processor."""
+
+    at_ns: list[int] = field(default_factory=list)
+    cpu_ns: list[int] = field(default_factory=list)
+    delay_ns: list[int] = field(default_factory=list)
+
+    def add(self, at_ns: int, cpu_ns: int, delay_ns: int) -> None:
+        """One look; looks come in order."""
+        self.at_ns.append(at_ns)
+        self.cpu_ns.append(cpu_ns)
+        self.delay_ns.append(delay_ns)
+        if len(self.at_ns) > SAMPLES_MAX:
+            for values in (self.at_ns, self.cpu_ns, self.delay_ns):
+                del values[: SAMPLES_MAX // 2]
+
+    def between(self, begin_ns: Array, end_ns: Array) -> tuple[Array, Array]:
+        """(cpu, delay) in microseconds of the intervals; looks are joined by straight lines."""
+        if len(self.at_ns) < 2:
+            zero = np.zeros(len(begin_ns), np.int64)
+            return zero, zero
+        base = self.at_ns[0]  # floats of 53 bits hold 100 days of nanoseconds, counted from here
+        at = np.asarray(self.at_ns, np.int64) - base
+        both = []
+        for values in (self.cpu_ns, self.delay_ns):
+            v = np.asarray(values, np.int64) - values[0]
+            both.append((np.interp(end_ns - base, at, v) - np.interp(begin_ns - base, at, v)) / 1000)
+        return both[0].astype(np.int64), both[1].astype(np.int64)
+
+
+class Summarizer:
+    """One rank. Feed it windows of its ring, each beginning where it says (`begin`)."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.begin = 0
+        """The record from which the next window is to be read."""
+        self.samples = Samples()
+        self.lost = 0
+        """Records, since the beginning."""
+        self._numbered = False
+        self._last_ns = 0
+        """When the last step ended."""
+        self._count = 0
+        self._rest: Array | None = None
+        self._rest_lost = 0
+
+    def feed(self, first: int, records: Array, lost: int, groups: Sequence[Group], capacity: int) -> list[Done]:
+        """Summaries of the steps that ended in a window. `first`: index of its first record; `lost`: of those that were overwritten before it."""
+        self.lost += lost
+        self._rest_lost += lost
+        marks = (records["flags"] & record.MARK) != 0
+        ends = marks & (records["op"] == record.STEP)
+        if not self._numbered and np.any(ends & ((records["flags"] & record.NUMBERED) != 0)):
+            self._numbered = True
+        if self._numbered:
+            ends &= (records["flags"] & record.NUMBERED) != 0
+        places = np.flatnonzero(ends)
+        if not len(places):
+            if len(records) > capacity // 2:  # a long step: keep what it has so far, that it is not lapped
+                keep = len(records) - capacity // 8
+                self._keep(records[:keep])
+                self.begin = self._after(first, records, keep)
+            return []
+        end = int(places[-1]) + 1
+        whole = records[:end]
+        if self._rest is not None:
+            whole = np.concatenate([self._rest, whole])
+            places = places + len(self._rest)
+            self._rest = None
+        self.begin = self._after(first, records, end)
+        return self._sum(whole, places, groups)
+
+    @staticmethod
+    def _after(first: int, records: Array, count: int) -> int:
+        """The index of the record after the first `count` of a window; some may be missing in it, so a record's own word says its index."""
+        return int(records["commit"][count - 1]) if count else first
+
+    def _keep(self, records: Array) -> None:
+        kept = records.copy() if self._rest is None else np.concatenate([self._rest, records])
+        if len(kept) > record.CAPACITY_MAX // 4:  # no step ends: a loop without an optimizer that is seen
+            self._rest_lost += len(kept) // 2
+            kept = kept[len(kept) // 2 :]
+        self._rest = kept
+
+    def _sum(self, records: Array, places: Array, groups: Sequence[Group]) -> list[Done]:
+        marks = (records["flags"] & record.MARK) != 0
+        ended_ns = records["entered_ns"][places].astype(np.int64)
+        began_ns = np.concatenate([[self._last_ns], ended_ns[:-1]])
+        if not began_ns[0]:  # the first step: from the first thing seen
+            began_ns[0] = min(int(records["entered_ns"].min()), int(ended_ns[0]))
+        count = len(places)
+        step_of = np.searchsorted(places, np.arange(len(records)))  # a mark belongs to the step that it ends
+        at = np.flatnonzero(~marks)
+        ops, op_step = records[at], step_of[at]
+        order = np.argsort(ops["entered_ns"], kind="stable")
+        ops, op_step = ops[order], op_step[order]
+        self_us = _self_times(ops, op_step, began_ns, ended_ns)
+        wall_us = np.maximum(ended_ns - began_ns, 0) // 1000
+        parts = _parts(records[marks], step_of[marks], count)
+        cpu_us, delay_us = self.samples.between(began_ns, ended_ns)
+        bad = np.zeros(count, np.int64)
+        losses = marks & (records["op"] == record.LOSS)
+        np.bitwise_or.at(bad, step_of[losses], records["bytes"][losses].astype(np.int64))
+        device_us = np.bincount(op_step, ops["inside_us"].astype(np.float64), count).astype(np.int64)
+        tables, timed = _group_steps(ops, op_step, groups, count)
+        program = _programs(ops, op_step, groups, count)
+        op_count = np.bincount(op_step, minlength=count)
+        numbers = records["bytes"][places].astype(np.int64) if self._numbered else self._count + 1 + np.arange(count)
+        done = []
+        for i in range(count):
+            if op_count[i] == 0 and wall_us[i] < 1000 and count > 1:
+                continue  # the optimizer's own mark just before the first that is numbered
+            lost, self._rest_lost = self._rest_lost, 0
+            data, gc, checkpoint, evaluation, compiling, optimizer = (int(x) for x in parts[:, i])
+            summary = StepSummary(
+                rank=self.rank, step=int(numbers[i]), ended_ns=int(ended_ns[i]), wall_us=int(wall_us[i]), self_us=int(min(self_us[i], wall_us[i])),
+                data_us=data, gc_us=gc, checkpoint_us=checkpoint, eval_us=evaluation, compile_us=compiling, optimizer_us=optimizer,
+                delay_us=int(min(delay_us[i], wall_us[i])), cpu_us=int(cpu_us[i]), device_us=int(device_us[i]), ops=int(op_count[i]),
+                lost=lost, bad=int(bad[i]) & 0xFF, program=0 if lost else int(program[i]), groups=[] if lost else tables[i],
+            )  # fmt: skip
+            done.append(Done(summary, timed[i]))
+        self._count += count
+        self._last_ns = int(ended_ns[-1])
+        return done
+
+
+def _self_times(ops: Array, op_step: Array, began_ns: Array, ended_ns: Array) -> Array:
+    """Microseconds of each step in which the rank was at work of its own."""
+    entered = ops["entered_ns"].astype(np.int64)
+    returned = ops["returned_ns"].astype(np.int64)
+    waited = (ops["flags"] & record.WAITED) != 0
+    over = ops["ended_ns"].astype(np.int64)
+    waits_us = ops["waited_us"].astype(np.int64)
+    # Where a wait was seen, the call itself returned before it: only the wait's own interval counts, below.
+    syncs = np.sort(np.concatenate([began_ns, entered, returned[(returned > 0) & ~waited], over[(over > 0) & ~waited]]))
+    events = np.concatenate([entered, ended_ns])
+    owner = np.concatenate([op_step, np.arange(len(ended_ns))])
+    before = np.searchsorted(syncs, events, side="left") - 1
+    sync = np.where(before >= 0, syncs[np.maximum(before, 0)], events)
+    sync = np.maximum(sync, began_ns[owner])
+    gaps = np.maximum(events - sync, 0)
+    seen = waited & (waits_us > 0) & (returned > 0)
+    if np.any(seen):
+        ends = np.sort(returned[seen])
+        spans = (waits_us[seen] * 1000)[np.argsort(returned[seen], kind="stable")]
+        starts = np.maximum(ends - spans, np.concatenate([[0], ends[:-1]]))  # waits of one thread do not overlap
+        total = np.concatenate([[0], np.cumsum(ends - starts)])
+
+        def until(t: Array) -> Array:
+            n = np.searchsorted(ends, t, side="right")
+            inside = np.minimum(n, len(ends) - 1)
+            partial = np.where(n < len(ends), np.clip(t - starts[inside], 0, None), 0)
+            return np.asarray(total[n] + np.minimum(partial, np.where(n < len(ends), ends[inside] - starts[inside], 0)))
+
+        gaps = np.maximum(gaps - (until(events) - until(sync)), 0)
+    return np.asarray(np.bincount(owner, gaps.astype(np.float64), len(ended_ns)) // 1000).astype(np.int64)
+
+
+def _parts(marks: Array, step_of: Array, count: int) -> Array:
+    """Microseconds of each kind of interval (data, gc, checkpoint with restore and probe, eval, compile, optimizer), by step."""
+    lasted = np.maximum(marks["ended_ns"].astype(np.int64) - marks["entered_ns"].astype(np.int64), 0) // 1000
+    lasted[marks["ended_ns"] == 0] = 0
+    found = np.zeros((6, count), np.int64)
+    for kind in PARTS:
+        row = {record.RESTORE: 2, record.PROBE: 2}.get(kind, PARTS.index(kind))
+        of = marks["op"] == kind
+        if np.any(of):
+            found[row] += np.bincount(step_of[of], lasted[of].astype(np.float64), count).astype(np.int64)
+    return found
+
+
+def _words(ops: Array) -> Array:
+    """What two members of a group must agree on: operation, dtype, and bytes where all bring the same."""
+    size = np.where(UNEVEN[ops["op"]], np.uint64(0), ops["bytes"].astype(np.uint64))
+    return np.asarray((ops["op"].astype(np.uint64) << np.uint64(56)) ^ (ops["dtype"].astype(np.uint64) << np.uint64(48)) ^ size)
+
+
+def _programs(ops: Array, op_step: Array, groups: Sequence[Group], count: int) -> Array:
+    """A hash of each step's operations in order, blind to which group of a size it is."""
+    sizes = np.zeros(256, np.uint64)
+    for i, group in enumerate(groups):
+        sizes[i] = group.size
+    firsts = np.searchsorted(op_step, np.arange(count))
+    position = np.arange(len(ops)) - firsts[op_step] if len(ops) else np.arange(0)
+    with np.errstate(over="ignore"):
+        words = mix(mix(_words(ops) ^ (sizes[ops["group"]] << np.uint64(40))) ^ position.astype(np.uint64))
+    return _sums(words, op_step, count)
+
+
+def _sums(words: Array, owner: Array, count: int) -> Array:
+    """Sums modulo 2^64 by owner."""
+    found = np.zeros(count, np.uint64)
+    with np.errstate(over="ignore"):
+        np.add.at(found, owner, words)
+    return found
+
+
+def _group_steps(ops: Array, op_step: Array, groups: Sequence[Group], count: int) -> tuple[list[list[GroupStep]], list[Timed]]:
+    tables: list[list[GroupStep]] = [[] for _ in range(count)]
+    keys = np.zeros(256, np.uint64)
+    for i, group in enumerate(groups):
+        keys[i] = group.key
+    p2p = (ops["flags"] & record.P2P) != 0
+    inside_ns = np.where(
+        ops["inside_us"] > 0, ops["inside_us"].astype(np.int64) * 1000,
+        np.where(ops["ended_ns"] > 0, ops["ended_ns"].astype(np.int64) - ops["entered_ns"].astype(np.int64), 0),
+    )  # fmt: skip
+    inside_ns = np.maximum(inside_ns, 0)
+    tabled = ops["group"] < len(groups)
+    cell = op_step * 256 + ops["group"]
+    collective = tabled & ~p2p
+    for c in np.unique(cell[tabled]):
+        step, row = int(c) // 256, int(c) % 256
+        mine = cell == c
+        of = mine & collective
+        seqs = ops["seq"][of]
+        with np.errstate(over="ignore"):
+            history = mix(mix(_words(ops[of])) ^ seqs.astype(np.uint64)).sum(dtype=np.uint64) if len(seqs) else np.uint64(0)
+        inside_us = int(inside_ns[of].sum() // 1000)
+        last = int(seqs.max()) if len(seqs) else 0
+        moved = int(ops["bytes"][mine].sum())
+        tables[step].append(GroupStep(int(keys[row]), last, int(history), int(of.sum()), moved, inside_us, inside_us, int((mine & p2p).sum())))
+    known = collective & (inside_ns > 0)
+    timed = []
+    for i in range(count):
+        of = known & (op_step == i)
+        timed.append(Timed(keys[ops["group"][of]], ops["seq"][of].astype(np.int64), inside_ns[of]))
+    return tables, timed
+
+
+def join_node(steps: Sequence[Done]) -> list[StepSummary]:
+    """One step of all ranks of a node: `least_us` of each group becomes the sum of each operation's least time inside, over the ranks here."""
+    if len(steps) < 2:
+        return [s.summary for s in steps]
+    keys = np.concatenate([s.timed.keys for s in steps])
+    if not len(keys):
+        return [s.summary for s in steps]
+    seqs = np.concatenate([s.timed.seqs for s in steps])
+    inside = np.concatenate([s.timed.inside_ns for s in steps])
+    order = np.lexsort((inside, seqs, keys))
+    keys, seqs, inside = keys[order], seqs[order], inside[order]
+    first = np.concatenate([[True], (keys[1:] != keys[:-1]) | (seqs[1:] != seqs[:-1])])
+    least: dict[int, int] = {}
+    for key in np.unique(keys):
+        least[int(key)] = int(inside[first & (keys == key)].sum() // 1000)
+    return [
+        _with_groups(s.summary, [_with_least(g, least.get(g.key)) for g in s.summary.groups])
+        for s in steps
+    ]
+
+
+def _with_least(g: GroupStep, least_us: int | None) -> GroupStep:
+    return g if least_us is None else GroupStep(g.key, g.seq, g.history, g.ops, g.bytes, g.inside_us, min(least_us, g.inside_us), g.p2p)
+
+
+def _with_groups(s: StepSummary, groups: list[GroupStep]) -> StepSummary:
+    values = {name: getattr(s, name) for name in StepSummary.__struct_fields__}
+    return StepSummary(**(values | {"groups": groups}))

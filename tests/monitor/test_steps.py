@@ -1,0 +1,163 @@
+"""Records become summaries: what a rank did of its own, and what it waited for, from a hand-written run whose truth is known."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from ckptd.monitor import record
+from ckptd.monitor.ring import Group
+from ckptd.monitor.steps import Samples, Summarizer, join_node
+
+MS = 1_000_000
+ALL_REDUCE = record.OPS.index("all_reduce")
+SEND = record.OPS.index("send")
+
+
+def group(key: int = 7, size: int = 4) -> Group:
+    return Group(key, size, 0, tuple(range(size)), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, False, -1, 0, 0, 0)
+
+
+class Run:
+    """Writes records as a tap would."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, ...]] = []
+        self.seq = 0
+
+    def op(self, entered: int, returned: int, ended: int, *, bytes_: int = 64, flags: int = 0, waited_us: int = 0, op: int = ALL_REDUCE) -> None:
+        self.seq += 1
+        self.rows.append((len(self.rows) + 1, entered, returned, ended, bytes_, self.seq, 0, 0, op, 7, flags, -1, waited_us, 0))
+
+    def mark(self, kind: int, entered: int, ended: int = 0, *, value: int = 0, flags: int = 0) -> None:
+        self.rows.append((len(self.rows) + 1, entered, 0, ended, value, 0, 0, 255, kind, 0, record.MARK | flags, -1, 0, 0))
+
+    @property
+    def records(self) -> np.ndarray:
+        return np.array(self.rows, record.RECORD)
+
+
+def test_waiting_inside_an_operation_is_not_work():
+    run = Run()
+    run.mark(record.STEP, 100 * MS)
+    run.op(110 * MS, 110 * MS, 118 * MS, bytes_=10)  # 10 ms of work, 8 ms until all had come
+    run.op(125 * MS, 125 * MS, 126 * MS, bytes_=10)  # 7 ms of work
+    run.mark(record.STEP, 130 * MS)  # 4 ms
+    second = Summarizer(3).feed(0, run.records, 0, [group()], 8192)[-1].summary
+    assert (second.step, second.wall_us, second.self_us, second.ops) == (2, 30_000, 21_000, 2)
+    assert second.groups[0].ops == 2
+    assert second.groups[0].inside_us == 9_000
+
+
+def test_seen_waits_are_subtracted_and_overlapped_compute_is_not():
+    run = Run()
+    run.mark(record.STEP, 100 * MS)
+    run.op(105 * MS, 130 * MS, 129 * MS, flags=record.WAITED | record.ASYNC, waited_us=10_000)  # entered at 105, compute until 120, wait until 130
+    run.mark(record.STEP, 140 * MS)
+    s = Summarizer(0).feed(0, run.records, 0, [group()], 8192)[-1].summary
+    assert s.wall_us == 40_000
+    assert s.self_us == 30_000
+
+
+def test_numbers_of_the_session_win_over_the_optimizers_marks():
+    run = Run()
+    for step in range(5, 8):
+        run.op(step * 100 * MS, step * 100 * MS, step * 100 * MS + MS)
+        run.mark(record.STEP, step * 100 * MS + 50 * MS)
+        run.mark(record.STEP, step * 100 * MS + 51 * MS, value=step, flags=record.NUMBERED)
+    got = [d.summary.step for d in Summarizer(0).feed(0, run.records, 0, [group()], 8192)]
+    assert got == [5, 6, 7]
+
+
+def test_parts_are_told_apart():
+    run = Run()
+    run.mark(record.STEP, 100 * MS)
+    run.mark(record.DATA, 100 * MS, 104 * MS)
+    run.mark(record.GC, 105 * MS, 107 * MS)
+    run.mark(record.LOSS, 108 * MS, value=record.BAD_LOSS)
+    run.op(110 * MS, 110 * MS, 111 * MS)
+    run.mark(record.OPTIMIZER, 111 * MS, 114 * MS)
+    run.mark(record.STEP, 115 * MS)
+    s = Summarizer(0).feed(0, run.records, 0, [group()], 8192)[-1].summary
+    assert (s.data_us, s.gc_us, s.optimizer_us, s.bad) == (4000, 2000, 3000, record.BAD_LOSS)
+    assert s.self_us == 14_000
+
+
+def test_a_step_longer_than_the_ring_is_taken_in_parts():
+    run = Run()
+    run.mark(record.STEP, MS)
+    for i in range(100):
+        run.op((2 + i) * MS, (2 + i) * MS, (2 + i) * MS + MS // 2)
+    run.mark(record.STEP, 200 * MS)
+    records, s, got = run.records, Summarizer(0), []
+    while s.begin < len(records):
+        window = records[s.begin : s.begin + 48]
+        before = s.begin
+        got += s.feed(s.begin, window, 0, [group()], 64)
+        assert s.begin > before
+    assert [d.summary.ops for d in got] == [0, 100]
+    assert got[1].summary.self_us == pytest.approx(1000 + 99 * 500 + 98_500, abs=2)
+
+
+def test_history_tells_order_and_kind_but_not_uneven_sizes():
+    def history(*ops: tuple[int, int]) -> int:
+        run = Run()
+        for i, (op, size) in enumerate(ops):
+            run.op((i + 1) * MS, (i + 1) * MS, (i + 1) * MS + 1, op=op, bytes_=size)
+        run.mark(record.STEP, 100 * MS)
+        return Summarizer(0).feed(0, run.records, 0, [group()], 8192)[0].summary.groups[0].history
+
+    broadcast, gather = record.OPS.index("broadcast"), record.OPS.index("all_gather")
+    assert history((ALL_REDUCE, 8), (broadcast, 8)) == history((ALL_REDUCE, 8), (broadcast, 8))
+    assert history((ALL_REDUCE, 8), (broadcast, 8)) != history((broadcast, 8), (ALL_REDUCE, 8))
+    assert history((ALL_REDUCE, 8)) != history((ALL_REDUCE, 16))
+    assert history((gather, 8)) == history((gather, 16))
+
+
+def test_lost_records_leave_no_guess():
+    run = Run()
+    run.op(MS, MS, 2 * MS)
+    run.mark(record.STEP, 10 * MS)
+    s = Summarizer(0).feed(0, run.records, 5, [group()], 8192)[0].summary
+    assert (s.lost, s.program, s.groups) == (5, 0, [])
+
+
+def test_the_nodes_ranks_are_joined_by_operation():
+    done = []
+    for late in (0, 3):  # rank 1 comes 3 ms later to both: it waits least
+        run = Run()
+        run.mark(record.STEP, MS)
+        run.op((10 + late) * MS, (10 + late) * MS, 15 * MS)
+        run.op((20 + late) * MS, (20 + late) * MS, 25 * MS)
+        run.mark(record.STEP, 30 * MS)
+        done.append(Summarizer(late).feed(0, run.records, 0, [group()], 8192)[-1])
+    joined = join_node(done)
+    assert [s.groups[0].inside_us for s in joined] == [10_000, 4_000]
+    assert [s.groups[0].least_us for s in joined] == [4_000, 4_000]
+
+
+def test_samples_are_joined_by_straight_lines():
+    s = Samples()
+    s.add(0, 0, 0)
+    s.add(100 * MS, 50 * MS, 10 * MS)
+    cpu, delay = s.between(np.array([0, 50 * MS]), np.array([50 * MS, 100 * MS]))
+    assert [*cpu] == [25_000, 25_000]
+    assert [*delay] == [5_000, 5_000]
+
+
+def test_summarizing_is_cheap():
+    run = Run()
+    for step in range(60):
+        for i in range(12):
+            t = (step * 20 + i) * MS
+            run.op(t, t, t + MS // 2)
+        run.mark(record.STEP, (step * 20 + 19) * MS)
+    records, best = run.records, 1e9
+    for _ in range(5):
+        began = time.perf_counter()
+        assert len(Summarizer(0).feed(0, records, 0, [group()], 8192)) == 60
+        best = min(best, time.perf_counter() - began)
+    print(f"{best / 60 * 1e6:.1f} us per step of 12 operations")
+    assert best / 60 < 500e-6
