@@ -261,7 +261,7 @@ class Server:
         headers = {**_HEADERS, **answer.headers, "Content-Type": answer.content_type, "Content-Length": str(length), "Connection": "close"}
         writer.write(connection.send(h11.Response(status_code=answer.status, headers=list(headers.items()))) or b"")
         for at in range(0, len(body), CHUNK_BYTES):
-            writer.write(connection.send(h11.Data(data=memoryview(body)[at : at + CHUNK_BYTES])) or b"")
+            writer.write(connection.send(h11.Data(data=body[at : at + CHUNK_BYTES])) or b"")
             await writer.drain()
         connection.send(h11.EndOfMessage())
         await writer.drain()
