@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,10 @@ _MIX = tuple(np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94
 
 def mix(words: Array) -> Array:
     """SplitMix64's finaliser (Steele et al., OOPSLA 2014): every bit of a word changes half of the result's."""
-    with np.errstate(over="ignore"):
-        z = words + _MIX[0]
-        z = (z ^ (z >> np.uint64(30))) * _MIX[1]
-        z = (z ^ (z >> np.uint64(27))) * _MIX[2]
-        return np.asarray(z ^ (z >> np.uint64(31)))
+    z = words + _MIX[0]  # arrays wrap around without a word; scalars would warn
+    z = (z ^ (z >> np.uint64(30))) * _MIX[1]
+    z = (z ^ (z >> np.uint64(27))) * _MIX[2]
+    return np.asarray(z ^ (z >> np.uint64(31)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class Summarizer:
         step_of = np.searchsorted(places, np.arange(len(records)))  # a mark belongs to the step that it ends
         at = np.flatnonzero(~marks)
         ops, op_step = records[at], step_of[at]
-        order = np.argsort(ops["entered_ns"], kind="stable")
+        order = np.lexsort((ops["entered_ns"], op_step))
         ops, op_step = ops[order], op_step[order]
         self_us = _self_times(ops, op_step, began_ns, ended_ns)
         wall_us = np.maximum(ended_ns - began_ns, 0) // 1000
@@ -171,23 +171,26 @@ class Summarizer:
         losses = marks & (records["op"] == record.LOSS)
         np.bitwise_or.at(bad, step_of[losses], records["bytes"][losses].astype(np.int64))
         device_us = np.bincount(op_step, ops["inside_us"].astype(np.float64), count).astype(np.int64)
-        tables, timed = _group_steps(ops, op_step, groups, count)
-        program = _programs(ops, op_step, groups, count)
+        words = _words(ops)
+        tables, timed = _group_steps(ops, words, op_step, groups, count)
+        program = _programs(ops, words, op_step, groups, count)
         op_count = np.bincount(op_step, minlength=count)
         numbers = records["bytes"][places].astype(np.int64) if self._numbered else self._count + 1 + np.arange(count)
         done = []
-        for i in range(count):
-            if op_count[i] == 0 and wall_us[i] < 1000 and count > 1:
+        rows = zip(
+            numbers.tolist(), ended_ns.tolist(), wall_us.tolist(), np.minimum(self_us, wall_us).tolist(), parts.T.tolist(), np.minimum(delay_us, wall_us).tolist(),
+            cpu_us.tolist(), device_us.tolist(), op_count.tolist(), (bad & 0xFF).tolist(), program.tolist(), tables, timed, strict=True,
+        )  # fmt: skip
+        for number, end, wall, own, part, delay, cpu, device, n, wrong, hashed, table, times in rows:
+            if n == 0 and wall < 1000 and count > 1:
                 continue  # the optimizer's own mark just before the first that is numbered
             lost, self._rest_lost = self._rest_lost, 0
-            data, gc, checkpoint, evaluation, compiling, optimizer = (int(x) for x in parts[:, i])
+            data, gc, checkpoint, evaluation, compiling, optimizer = part
             summary = StepSummary(
-                rank=self.rank, step=int(numbers[i]), ended_ns=int(ended_ns[i]), wall_us=int(wall_us[i]), self_us=int(min(self_us[i], wall_us[i])),
-                data_us=data, gc_us=gc, checkpoint_us=checkpoint, eval_us=evaluation, compile_us=compiling, optimizer_us=optimizer,
-                delay_us=int(min(delay_us[i], wall_us[i])), cpu_us=int(cpu_us[i]), device_us=int(device_us[i]), ops=int(op_count[i]),
-                lost=lost, bad=int(bad[i]) & 0xFF, program=0 if lost else int(program[i]), groups=[] if lost else tables[i],
+                self.rank, number, end, wall, own, data, gc, checkpoint, evaluation, compiling, optimizer, delay, cpu, device, n, lost, wrong,
+                0 if lost else hashed, [] if lost else table,
             )  # fmt: skip
-            done.append(Done(summary, timed[i]))
+            done.append(Done(summary, times))
         self._count += count
         self._last_ns = int(ended_ns[-1])
         return done
@@ -244,56 +247,45 @@ def _words(ops: Array) -> Array:
     return np.asarray((ops["op"].astype(np.uint64) << np.uint64(56)) ^ (ops["dtype"].astype(np.uint64) << np.uint64(48)) ^ size)
 
 
-def _programs(ops: Array, op_step: Array, groups: Sequence[Group], count: int) -> Array:
+def _programs(ops: Array, words: Array, op_step: Array, groups: Sequence[Group], count: int) -> Array:
     """A hash of each step's operations in order, blind to which group of a size it is."""
     sizes = np.zeros(256, np.uint64)
-    for i, group in enumerate(groups):
-        sizes[i] = group.size
-    firsts = np.searchsorted(op_step, np.arange(count))
-    position = np.arange(len(ops)) - firsts[op_step] if len(ops) else np.arange(0)
-    with np.errstate(over="ignore"):
-        words = mix(mix(_words(ops) ^ (sizes[ops["group"]] << np.uint64(40))) ^ position.astype(np.uint64))
-    return _sums(words, op_step, count)
-
-
-def _sums(words: Array, owner: Array, count: int) -> Array:
-    """Sums modulo 2^64 by owner."""
+    sizes[: len(groups)] = [g.size for g in groups]
+    position = np.arange(len(ops)) - np.searchsorted(op_step, op_step)
+    hashes = mix(mix(words ^ (sizes[ops["group"]] << np.uint64(40))) ^ position.astype(np.uint64))
     found = np.zeros(count, np.uint64)
-    with np.errstate(over="ignore"):
-        np.add.at(found, owner, words)
+    np.add.at(found, op_step, hashes)
     return found
 
 
-def _group_steps(ops: Array, op_step: Array, groups: Sequence[Group], count: int) -> tuple[list[list[GroupStep]], list[Timed]]:
+def _group_steps(ops: Array, words: Array, op_step: Array, groups: Sequence[Group], count: int) -> tuple[list[list[GroupStep]], list[Timed]]:
+    """What each group did in each step, and the collectives whose end is known."""
     tables: list[list[GroupStep]] = [[] for _ in range(count)]
     keys = np.zeros(256, np.uint64)
-    for i, group in enumerate(groups):
-        keys[i] = group.key
-    p2p = (ops["flags"] & record.P2P) != 0
-    inside_ns = np.where(
-        ops["inside_us"] > 0, ops["inside_us"].astype(np.int64) * 1000,
-        np.where(ops["ended_ns"] > 0, ops["ended_ns"].astype(np.int64) - ops["entered_ns"].astype(np.int64), 0),
-    )  # fmt: skip
-    inside_ns = np.maximum(inside_ns, 0)
-    tabled = ops["group"] < len(groups)
+    keys[: len(groups)] = [g.key for g in groups]
+    timed_us = ops["inside_us"].astype(np.int64)
+    until_ns = ops["ended_ns"].astype(np.int64)
+    inside_ns = np.maximum(np.where(timed_us > 0, timed_us * 1000, np.where(until_ns > 0, until_ns - ops["entered_ns"].astype(np.int64), 0)), 0)
+    one = (ops["flags"] & record.P2P) == 0
     cell = op_step * 256 + ops["group"]
-    collective = tabled & ~p2p
-    for c in np.unique(cell[tabled]):
-        step, row = int(c) // 256, int(c) % 256
-        mine = cell == c
-        of = mine & collective
-        seqs = ops["seq"][of]
-        with np.errstate(over="ignore"):
-            history = mix(mix(_words(ops[of])) ^ seqs.astype(np.uint64)).sum(dtype=np.uint64) if len(seqs) else np.uint64(0)
-        inside_us = int(inside_ns[of].sum() // 1000)
-        last = int(seqs.max()) if len(seqs) else 0
-        moved = int(ops["bytes"][mine].sum())
-        tables[step].append(GroupStep(int(keys[row]), last, int(history), int(of.sum()), moved, inside_us, inside_us, int((mine & p2p).sum())))
-    known = collective & (inside_ns > 0)
-    timed = []
-    for i in range(count):
-        of = known & (op_step == i)
-        timed.append(Timed(keys[ops["group"][of]], ops["seq"][of].astype(np.int64), inside_ns[of]))
+    order = np.argsort(cell, kind="stable")
+    order = order[ops["group"][order] < len(groups)]
+    if len(order):
+        cell, one_, seqs = cell[order], one[order], ops["seq"][order].astype(np.int64)
+        starts = np.flatnonzero(np.concatenate([[True], cell[1:] != cell[:-1]]))
+        hashes = np.where(one_, mix(mix(words[order]) ^ seqs.astype(np.uint64)), np.uint64(0))
+        columns = (
+            cell[starts].tolist(), np.maximum.reduceat(seqs * one_, starts).tolist(), np.add.reduceat(hashes, starts).tolist(),
+            np.add.reduceat(one_.astype(np.int64), starts).tolist(), np.add.reduceat(ops["bytes"][order].astype(np.int64), starts).tolist(),
+            (np.add.reduceat(inside_ns[order] * one_, starts) // 1000).tolist(), np.add.reduceat((~one_).astype(np.int64), starts).tolist(),
+        )  # fmt: skip
+        for c, seq, history, n, moved, inside_us, p2p in zip(*columns, strict=True):
+            tables[c // 256].append(GroupStep(groups[c % 256].key, seq, history, n, moved, inside_us, inside_us, p2p))
+    known = np.flatnonzero(one & (inside_ns > 0) & (ops["group"] < len(groups)))
+    known = known[np.argsort(op_step[known], kind="stable")]
+    cuts = np.searchsorted(op_step[known], np.arange(count + 1))
+    of, seq, spent = keys[ops["group"][known]], ops["seq"][known].astype(np.int64), inside_ns[known]
+    timed = [Timed(of[a:b], seq[a:b], spent[a:b]) for a, b in pairwise(cuts)]
     return tables, timed
 
 
