@@ -174,14 +174,16 @@ class Ring:
         return found
 
     def _group(self, row: np.void) -> Group:
-        size, at = int(row["size"]), int(row["ranks_at"])
+        size, at = min(int(row["size"]), self.word("world_size"), record.RANKS_MAX), int(row["ranks_at"])  # what is written there may be anything
         which = (int(row["key"]), size, at)
         members = self._members.get(which)
         if members is None:
             if at == record.EVERYBODY or at + size > record.RANKS_MAX:
-                members = tuple(range(min(size, record.RANKS_MAX * 4)))
+                members = tuple(range(size))
             else:
                 members = tuple(int(r) for r in self.ranks[at : at + size])
+            if len(self._members) > 4 * record.GROUPS_MAX:
+                self._members.clear()
             self._members[which] = members
         names = ("entered", "entered_ns", "done", "done_ns", "history", "signature", "bytes", "op", "dtype", "p2p_op")
         values = {n: int(row[n]) for n in names}
