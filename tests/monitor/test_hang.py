@@ -1,0 +1,215 @@
+"""Wait-for graphs: root, cycle, mismatch, nobody missing; and when a pause is a hang."""
+
+from __future__ import annotations
+
+import pytest
+
+from ckptd.monitor import hang, record
+from ckptd.monitor.engine import Concluded, Engine, Settings
+from ckptd.monitor.report import GroupInfo, OpenOp, Pulse, RankInfo, Report
+
+ALL_REDUCE, BROADCAST, SEND, RECV = (record.OPS.index(n) for n in ("all_reduce", "broadcast", "send", "recv"))
+WORLD, TP0, TP1, DP0, DP1 = 1, 10, 11, 20, 21
+TWO_D = {TP0: [0, 1], TP1: [2, 3], DP0: [0, 2], DP1: [1, 3]}
+
+
+def row(key, entered, done, *, op=ALL_REDUCE, since_ms=3000, history=0, signature=None, **p2p):
+    return OpenOp(key, entered, done, op, 7, 4096, op if signature is None else signature, history, since_ms, **p2p)
+
+
+def pulse(rank, groups, *, state="S", idle_ms=3000, step=20, **more):
+    return Pulse(rank=rank, idle_ms=idle_ms, step=step, records=100, state=state, groups=groups, **more)
+
+
+def look(pulses, members, **more):
+    return hang.look(hang.Standing({p.rank: p for p in pulses}, members, **more))[0]
+
+
+def only(found):
+    assert len(found) == 1, found
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("state", "more", "kind"),
+    [
+        ("T", {}, "stopped"),
+        ("D", {"where": "nfs_wait"}, "io-blocked"),
+        ("S", {"where": "hrtimer_nanosleep"}, "hang"),
+        ("S", {"phases": 1 << record.DATA}, "input-stall"),
+        ("D", {"phases": 1 << record.CHECKPOINT}, "checkpoint-stall"),
+        ("closed", {}, "hang"),
+    ],
+)
+def test_the_root_is_who_waits_for_nobody(state, more, kind):
+    """2-D: 1 waits for 0 in its TP group, 0 for 2 and 3 for 2: 0 is missing somewhere, and is not to blame."""
+    pulses = [
+        pulse(0, [row(TP0, 4, 4), row(DP0, 9, 8)]),
+        pulse(1, [row(TP0, 5, 4), row(DP1, 8, 8)]),
+        pulse(2, [row(TP1, 4, 4), row(DP0, 8, 8)], state=state, **more),
+        pulse(3, [row(TP1, 5, 4), row(DP1, 8, 8)]),
+    ]
+    found = only(look(pulses, TWO_D))
+    assert (found.kind, found.ranks) == (kind, (2,))
+    assert set(found.victims) == {0, 3}
+    assert found.op == "all_reduce"
+
+
+def test_two_roots_are_two_findings():
+    pulses = [pulse(r, [row(WORLD, 5 - (r in (1, 3)), 4)]) for r in range(4)]
+    assert sorted(f.ranks for f in look(pulses, {WORLD: range(4)})) == [(1,), (3,)]
+
+
+def test_the_odd_signature_is_to_blame_for_a_cycle():
+    """monitoring.md 3(d): 0 waits for 2 in DP, 2 broadcasts where the others reduce."""
+    pulses = [pulse(r, [row(WORLD, 45, 44, op=BROADCAST if r == 2 else ALL_REDUCE)]) for r in range(4)]
+    found = only(look(pulses, {WORLD: range(4)}))
+    assert (found.kind, found.ranks, found.op) == ("desync", (2,), "all_reduce")
+    assert any("broadcast" in str(e.value) for e in found.evidence)
+
+
+def test_a_rank_that_went_on_without_the_operation():
+    pulses = [pulse(r, [row(WORLD, 45, 44)]) for r in range(3)] + [pulse(3, [row(WORLD, 44, 44)], step=21)]
+    found = only(look(pulses, {WORLD: range(4)}))
+    assert (found.kind, found.ranks) == ("desync", (3,))
+
+
+def test_a_deadlock_names_the_odd_order_or_all():
+    both = {TP0: [0, 1, 2, 3], DP0: [0, 1, 2, 3]}
+    pulses = [pulse(r, [row(TP0, 5, 4), row(DP0, 4, 4)] if r != 2 else [row(TP0, 4, 4), row(DP0, 5, 4)]) for r in range(4)]
+    found = only(look(pulses, both))
+    assert (found.kind, found.ranks) == ("deadlock", (2,))
+    pulses = [pulse(r, [row(TP0, 5, 4), row(DP0, 4, 4)] if r < 2 else [row(TP0, 4, 4), row(DP0, 5, 4)]) for r in range(4)]
+    found = only(look(pulses, both))
+    assert (found.kind, found.ranks) == ("deadlock", (0, 1, 2, 3))
+
+
+def test_nobody_is_missing():
+    pulses = [pulse(r, [row(WORLD, 45, 44)]) for r in range(4)]
+    found = only(look(pulses, {WORLD: range(4)}))
+    assert (found.kind, found.ranks) == ("comm-hang", ())
+
+
+def test_a_stopped_rank_that_had_entered():
+    pulses = [pulse(r, [row(WORLD, 45, 44)], state="T" if r == 1 else "S") for r in range(4)]
+    found = only(look(pulses, {WORLD: range(4)}))
+    assert (found.kind, found.ranks) == ("stopped", (1,))
+
+
+def test_a_pipeline_waits_along_its_stages():
+    """3 receives from 2, which receives from 1, which computes; 0 receives from 1 what comes back."""
+
+    def receives(rank, peer):
+        return pulse(rank, [row(WORLD, 3, 3, p2p_op=RECV, p2p_open=True, p2p_peer=peer, p2p_entered=7, p2p_done=6, p2p_since_ms=3000)])
+
+    pulses = [receives(0, 1), pulse(1, [row(WORLD, 3, 3)]), receives(2, 1), receives(3, 2)]
+    found = only(look(pulses, {WORLD: range(4)}))
+    assert (found.kind, found.ranks, set(found.victims)) == ("hang", (1,), {0, 2})
+
+
+def test_a_silent_node_is_no_culprit():
+    pulses = [pulse(r, [row(WORLD, 45, 44)]) for r in range(3)]
+    found = only(look(pulses, {WORLD: range(4)}, stale=frozenset({3})))
+    assert (found.kind, found.ranks) == ("undecided", ())
+
+
+def test_many_ranks_are_few_edges():
+    """4,096 ranks wait for one: linear, so it takes no time to speak of."""
+    pulses = [pulse(r, [row(WORLD, 45 - (r == 77), 44)]) for r in range(4096)]
+    assert only(look(pulses, {WORLD: range(4096)})).ranks == (77,)
+
+
+# --- in the engine ----------------------------------------------------------------------------------------------------------
+
+
+def engine_of(pulses_at, *, seconds=6.0, warm=True, settings=Settings()):
+    """An engine that sees `pulses_at(t)` every quarter of a second; (time, verdict) of what it concluded."""
+    engine = Engine("job", 1, 4, 2, settings)
+    if warm:
+        for _ in range(100):
+            engine.patience.step(0.3, {})
+    infos = [RankInfo(r, r // 2, r % 2, 100 + r, f"host{r // 2}", groups=[GroupInfo(WORLD, [0, 1, 2, 3])]) for r in range(4)]
+    told = []
+    for i in range(int(seconds * 4)):
+        t = i / 4
+        for node in range(2):
+            pulses = [p for p in pulses_at(t) if p.rank // 2 == node]
+            told += [(t, c) for c in engine.receive(Report(node, i + 1, ranks=infos if i == 0 else [], pulses=pulses), t, 1e9 + t)]
+        told += [(t, c) for c in engine.tick(t, 1e9 + t)]
+    return engine, [(t, c.verdict) for t, c in told if isinstance(c, Concluded)], [c for _, c in told if not isinstance(c, Concluded)]
+
+
+def hung(t, **more):
+    ms = int(1e3 * t)
+    groups = [row(WORLD, 45, 44, since_ms=ms)] if ms >= 1000 else []
+    return [pulse(r, groups, idle_ms=ms) for r in (0, 1, 2)] + [pulse(3, [row(WORLD, 44, 44)] if groups else [], idle_ms=ms, **more)]
+
+
+@pytest.mark.parametrize(("state", "kind"), [("T", "stopped"), ("S", "hang"), ("R", "hang")])
+def test_a_hang_is_named_in_three_seconds(state, kind):
+    _, verdicts, asks = engine_of(lambda t: hung(t, state=state))
+    at, verdict = verdicts[0]
+    assert 2.0 <= at <= 3.0
+    assert (verdict.kind, verdict.ranks, verdict.nodes, verdict.state) == (kind, (3,), (1,), "confirmed")
+    assert verdict.grade == ("evict" if state == "T" else "report")
+    assert any(a.what == "stacks" and 3 in a.ranks for a in asks)
+
+
+@pytest.mark.parametrize(
+    "pulses_at",
+    [
+        lambda t: [pulse(r, [row(WORLD, 45, 44)], state="t", idle_ms=int(1e3 * t)) for r in range(4)],
+        lambda t: [pulse(r, [row(WORLD, 45, 45)], state="closed", idle_ms=int(1e3 * t)) for r in range(4)],
+        lambda t: hung(t % 1.5),
+        lambda t: hung(t, phases=1 << record.CHECKPOINT),
+    ],
+    ids=["in a debugger", "closed", "short pauses", "a first checkpoint"],
+)
+def test_no_hang(pulses_at):
+    assert engine_of(pulses_at)[1] == []
+
+
+def test_a_long_first_step_is_none():
+    assert engine_of(hung, warm=False)[1] == []
+
+
+def test_a_hang_that_ends_is_cleared():
+    _, verdicts, _ = engine_of(lambda t: hung(t) if t < 4 else hung(0.1), seconds=8)
+    assert [v.state for _, v in verdicts] == ["confirmed", "cleared"]
+
+
+@pytest.mark.parametrize(("policy", "recommended"), [("report", "report"), ("snapshot", "snapshot"), ("restart", "restart"), ("evict", "restart")])
+def test_policy_bounds_what_follows(policy, recommended):
+    _, verdicts, _ = engine_of(hung, settings=Settings(policy=policy))
+    assert verdicts[0][1].recommended == recommended
+
+
+def test_a_restart_that_did_not_help_is_not_recommended_for_ever():
+    engine, verdicts, _ = engine_of(hung, settings=Settings(policy="restart"))
+    for _ in range(2):
+        engine.acted(verdicts[0][1].id, "restart")
+    again = Engine("job", 2, 4, 2, Settings(policy="restart"), past=engine.past)
+    again.verdicts.place_of = lambda _: (0, "")
+    told = again.verdicts.window("hang", [hang_seen(verdicts[0][1])], 0.0, 0.0)
+    assert told[0].recommended == "report"
+
+
+def hang_seen(verdict):
+    from ckptd.monitor.report import Finding
+    from ckptd.monitor.verdict import Seen
+
+    return Seen(("hang",), Finding(verdict.kind, verdict.ranks, verdict.step, verdict.since_step, 1.0), stuck=True, certain=True)
+
+
+def test_a_death_is_told_at_once_and_the_rest_follows_from_it():
+    def at(t):
+        dead = {2} if t < 2 else {0, 2}
+        return [pulse(r, [], state="dead" if r in dead and t >= 1 else "S", idle_ms=100, signal=9 if r == 2 else 0) for r in range(4)]
+
+    engine, verdicts, _ = engine_of(at)
+    at_s, verdict = verdicts[0]
+    assert at_s == 1.0
+    assert (verdict.kind, verdict.ranks, verdict.state, verdict.grade) == ("crash", (2,), "confirmed", "evict")
+    assert "signal 9" in verdict.cause
+    assert len(verdicts) == 1
+    assert engine.status()["verdicts"][0]["kind"] == "crash"
