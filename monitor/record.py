@@ -121,10 +121,12 @@ OPS = (
 )  # fmt: skip
 DTYPES = ("?", "u8", "i8", "i16", "i32", "i64", "f16", "f32", "f64", "bf16", "bool", "c64", "c128", "f8", "other")
 
-MARKS = ("step", "optimizer", "data", "gc", "checkpoint", "eval", "compile", "loss", "restore", "probe", "train")
+MARKS = ("step", "optimizer", "data", "gc", "checkpoint", "eval", "compile", "loss", "restore", "probe", "train", "nccl")
 """Kinds of marks. step: its end (a moment; value: its number, or 0 if nobody numbers them). loss: value has BAD_* bits. data: the loop waited
-for its loader. checkpoint: ckptd's own part of a step, or a save that the user marked. train: an interval that the user marked as a step's work."""
-STEP, OPTIMIZER, DATA, GC, CHECKPOINT, EVAL, COMPILE, LOSS, RESTORE, PROBE, TRAIN = range(len(MARKS))
+for its loader. checkpoint: ckptd's own part of a step, or a save that the user marked. train: an interval that the user marked as a step's work. nccl: what NCCL ran
+without a call of c10d (a CUDA graph's replay), and what its proxies waited for; `nccl_profiler.c` says which words mean what. Operations that c10d entered have one
+record, the tap's: the profiler plugin adds `inside_us` and `ended_ns` to it and counts nothing twice."""
+STEP, OPTIMIZER, DATA, GC, CHECKPOINT, EVAL, COMPILE, LOSS, RESTORE, PROBE, TRAIN, NCCL = range(len(MARKS))
 NUMBERED = 1
 """Flag (beside MARK, in place of P2P) of a STEP whose number the session gave."""
 BAD_LOSS, BAD_GRAD = 1, 2

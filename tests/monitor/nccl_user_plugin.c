@@ -1,0 +1,76 @@
+// A profiler plugin as a user may have one: its handles are addresses, it looks into them and into its parents, and prints at its end what it heard.
+// -DVERSION=4 or 5: the one version of the interface that it has.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+typedef struct { int magic, open, type; } mine;
+static int initialised, colls, channels, stops, states, wrong;
+
+typedef struct { uint64_t type; void *parent; int rank; union { uint64_t words[11]; }; } descr;
+
+static int start(void *context, void **handle, void *d_) {
+    descr *d = d_;
+    int type = VERSION >= 5 ? (int)d->type : *(uint8_t *)d;
+    *handle = NULL;
+    wrong += *(int *)context != 4711 || !initialised;
+    mine *parent = d->parent;
+    if (type == 64) channels++, wrong += !parent || parent->magic != 42 || parent->type != 2;
+    if (type == 2) {
+        colls++;
+        mine *group = VERSION >= 5 ? (mine *)d->words[10] : parent;  // parentGroup
+        wrong += group && (group->magic != 42 || group->type != 1);
+    }
+    mine *m = malloc(sizeof *m);
+    *m = (mine){42, 1, type};
+    *handle = m;
+    return 0;
+}
+
+static int stop(void *handle) {
+    mine *m = handle;
+    wrong += m->magic != 42 || !m->open || !initialised;
+    m->open = 0;
+    stops++;
+    return 0;
+}
+
+static int state(void *handle, int what, void *args) {
+    (void)args;
+    wrong += ((mine *)handle)->magic != 42 || what != 22;
+    states++;
+    return 0;
+}
+
+static int finalize(void *context) {
+    wrong += *(int *)context != 4711;
+    initialised = 0;
+    free(context);
+    fprintf(stderr, "user's plugin: version %d, colls %d, channels %d, stops %d, states %d, wrong %d\n", VERSION, colls, channels, stops, states, wrong);
+    return 0;
+}
+
+static int begin(void **context, int *mask) {
+    int *own = malloc(sizeof *own);
+    *own = 4711;
+    *context = own;
+    *mask = 2 | 64;
+    initialised = 1;
+    return 0;
+}
+
+#if VERSION >= 5
+static int init(void **context, uint64_t id, int *mask, const char *name, int nodes, int ranks, int rank, void *log) {
+    wrong += id != 77 || ranks != 4;
+#else
+static int init(void **context, int *mask, const char *name, uint64_t id, int nodes, int ranks, int rank, void *log) {
+    wrong += id != 77 || ranks != 4;
+#endif
+    (void)name, (void)nodes, (void)rank, (void)log;
+    return begin(context, mask);
+}
+
+struct plugin { const char *name; void *init; int (*start)(void *, void **, void *); int (*stop)(void *); int (*state)(void *, int, void *); int (*finalize)(void *); };
+#define NAME_(n) ncclProfiler_v##n
+#define NAME(n) NAME_(n)
+struct plugin NAME(VERSION) = {"user", init, start, stop, state, finalize};
