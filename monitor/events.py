@@ -84,8 +84,8 @@ def _iso(now_s: float) -> str:
 # --- a queue and a thread ---------------------------------------------------------------------------------------------------
 
 
-class _Outbox(ABC):
-    """Events on their way. `dropped`: found no room; `failed`: were given up; `delivered`."""
+class Outbox(ABC):
+    """Events on their way: a bounded queue, and the thread that delivers them. `dropped`: found no room; `failed`: were given up; `delivered`."""
 
     def __init__(self, name: str, queue_max: int) -> None:
         self.dropped = self.failed = self.delivered = 0
@@ -172,7 +172,7 @@ _LINE_ENDS = {sign.encode(): b"\\u%04x" % ord(sign) for sign in "\u0085\u2028\u2
 """What JSON leaves as it is and some readers split lines at."""
 
 
-class Log(_Outbox):
+class Log(Outbox):
     """Appends events to `path`, one JSON document a line. At `bytes_max` the file becomes `path`.1, and what was that is gone.
 
     Raises BadArgument if it cannot be opened.
@@ -245,7 +245,7 @@ def _unwrapped(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[i
     return [address, *(a for a in inner if a is not None)]
 
 
-class Webhook(_Outbox):
+class Webhook(Outbox):
     """POSTs events to `url` as JSON. Tried `tries` times with back-off, each try within `timeout_s`.
 
     `allow_private`: also to loopback and private addresses, and over plain HTTP. `ca_file`: certificates to believe instead of the system's. Raises BadArgument.
