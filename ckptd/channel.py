@@ -50,6 +50,22 @@ def private_directory(path: Path) -> None:
         raise BadArgument(msg, remedy=f"rm -r {path} if nothing of yours is in it, or give another with --dir or CKPTD_DIR")
 
 
+def listen(path: Path) -> socket.socket:
+    """A listening socket at `path`, bound under a name of its own with mode 0600, then renamed: nobody connects to a half-made one, and no stale one is in the way."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    temporary = path.with_name(f".daemon.{os.getpid()}.sock")
+    temporary.unlink(missing_ok=True)
+    old = os.umask(0o177)
+    try:
+        listener.bind(str(temporary))
+    finally:
+        os.umask(old)
+    listener.listen(1024)
+    listener.setblocking(False)  # noqa: FBT003  the socket module's own signature
+    temporary.rename(path)
+    return listener
+
+
 def peer_of(sock: socket.socket) -> tuple[int, int]:
     """(pid, uid) of the process at the other end, as the kernel says."""
     pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))

@@ -33,8 +33,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckptd import __version__, arena, members, notify, peers, persist, protect, transport
-from ckptd.channel import Channel, Pipe, peer_of, pidfd_of, private_directory, socket_path
+from ckptd import __version__, arena, members, notify, peers, persist, protect, transport, watcher
+from ckptd.channel import Channel, Pipe, listen, peer_of, pidfd_of, private_directory, socket_path
 from ckptd.core import checksum, node, parity, proof, report, slots, wire
 from ckptd.core.ladder import Key
 from ckptd.core.replicas import Ballots, Suspicion
@@ -128,6 +128,7 @@ class Daemon:
         self.tiers: dict[str, Tier] = {}
         self.protection = protect.Protection(self)
         self.members = members.Members()
+        self.watcher = watcher.Watcher(self)
         self.ballots: dict[str, Ballots] = defaultdict(Ballots)
         self.suspicions: deque[tuple[str, int, Suspicion]] = deque(maxlen=ERRORS_KEPT)
         self.written: dict[tuple[str, int, int], dict[int, bytes]] = {}
@@ -171,9 +172,10 @@ class Daemon:
         port_file = path.with_name("peer.port")
         await self.peers.start(self.settings.peer_host, self.settings.peer_port or _read_port(port_file), must=self.settings.peer_port > 0)
         self.members.start(path.parent, self.peers.address)
-        self._start(self.members.run())
+        self.start(self.members.run())
+        self.start(self.watcher.run())
         port_file.write_text(self.peers.address.rpartition(":")[2])
-        listener = self._listen(path)
+        listener = listen(path)
         loop = asyncio.get_running_loop()
         loop.add_reader(listener, self._accept, listener)
         for sig in (signal.SIGTERM, signal.SIGINT):
@@ -200,21 +202,6 @@ class Daemon:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._store_pool.shutdown(wait=False, cancel_futures=True)
             os.close(lock)
-
-    def _listen(self, path: Path) -> socket.socket:
-        """Bind under a name of our own with mode 0600, then rename: nobody can connect to a half-made socket, and no stale one is in the way."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        temporary = path.with_name(f".daemon.{os.getpid()}.sock")
-        temporary.unlink(missing_ok=True)
-        old = os.umask(0o177)
-        try:
-            listener.bind(str(temporary))
-        finally:
-            os.umask(old)
-        listener.listen(1024)
-        listener.setblocking(False)  # noqa: FBT003  the socket module's own signature
-        temporary.rename(path)
-        return listener
 
     async def _tick_until_told(self) -> None:
         watchdog_s = notify.watchdog_s()
@@ -283,10 +270,10 @@ class Daemon:
         """Descriptors are claimed here, in the order of their messages: requests are answered later, in any order."""
         client: Client = channel.owner
         try:
-            brings = isinstance(message, wire.HandBack) or (isinstance(message, wire.Join) and message.image_bytes == 0)
+            brings = isinstance(message, wire.HandBack | wire.Watch) or (isinstance(message, wire.Join) and message.image_bytes == 0)
             fd = channel.pipe.take_fd() if brings else None
             if isinstance(message, wire.Request):
-                self._start(self._answer(client, message, fd))
+                self.start(self._answer(client, message, fd))
             else:
                 self._notice(client, message, fd)
         except CkptdError as e:
@@ -329,11 +316,12 @@ class Daemon:
         if client.arena is not None:
             self.parted.add(client)
             self._scan(client.arena)
-        else:
+        elif client.role != "tap":  # its death is to be seen even if its line is broken
             self._unwatch(client)
 
     def _gone(self, client: Client) -> None:
         """The process is dead: its memory is ours alone again."""
+        self.watcher.gone(client)
         held, client.arena = client.arena, None
         self.parted.discard(client)
         if held is not None and self.arenas.get(held.name) is held:
@@ -351,10 +339,10 @@ class Daemon:
                 if fragment is None:
                     self.arenas.release(ref)
                 else:
-                    self._event(node.FragmentFound(job, h.attempt, h.step, ref, fragment))
+                    self.event(node.FragmentFound(job, h.attempt, h.step, ref, fragment))
             return
         for ref, h in [*self.arenas.filled(held)]:
-            self._event(
+            self.event(
                 node.Filled(job, h.attempt, h.step, h.rank, h.world_size, h.local_count, h.node, h.nodes, ref, h.image_bytes)
             )
 
@@ -368,7 +356,7 @@ class Daemon:
         snapshot = known.snapshots.get(known.committed) if known and known.committed else None
         for image in snapshot.images.values() if snapshot else ():
             blocks = range(checksum.block_count(image.image_bytes))
-            self._start(self._guarded(f"verifying step {snapshot.step if snapshot else 0}", self._verify(image.ref, image.image_bytes, blocks)))
+            self.start(self._guarded(f"verifying step {snapshot.step if snapshot else 0}", self._verify(image.ref, image.image_bytes, blocks)))
 
     def _notice(self, client: Client, message: Any, fd: int | None) -> None:
         match message:
@@ -381,18 +369,20 @@ class Daemon:
                 if held is not None and header is not None and header.gen == message.gen and header.state == slots.FILLED:
                     self._scan(held)
             case wire.Skipped():
-                self._event(node.Skipped(client.job, client.attempt, message.step))
+                self.event(node.Skipped(client.job, client.attempt, message.step))
             case wire.Persist():
-                self._event(node.Asked(client.job, client.attempt, message.step))
+                self.event(node.Asked(client.job, client.attempt, message.step))
             case wire.Chose():
                 source = None if message.step < 0 else (message.attempt, message.step)
-                self._event(node.Chosen(client.job, client.attempt, source, message.protected))
+                self.event(node.Chosen(client.job, client.attempt, source, message.protected))
                 self._drop_guests(client.job)
             case wire.RestoreFailed():
                 self._failed(f"restore of job {client.job} step {message.step} from {message.source}", PeerFailedHere(message.why))
-                self._event(node.RestoreFailed(client.job, message.attempt, message.step, message.source))
+                self.event(node.RestoreFailed(client.job, message.attempt, message.step, message.source))
             case wire.Closed():
                 self.members.close(client.channel)
+            case wire.ProbeDone() | wire.StacksDone() | wire.Acted():
+                self.watcher.notice(client, message)
             case wire.HandBack() if fd is not None:
                 self._adopt(fd, f"handed back by process {client.pid}")
             case _:
@@ -405,6 +395,8 @@ class Daemon:
                     await self._hello(client, request)
                 case wire.Join():
                     await self._join(client, request, fd)
+                case wire.Watch() if fd is not None and client.role == "tap":
+                    client.channel.send(wire.Watched(id=request.id, watching=self.watcher.watch(client, request, fd)))
                 case wire.Open():
                     await self._open(client, request)
                 case wire.Ensure():
@@ -458,8 +450,9 @@ class Daemon:
             msg = "Hello is said once"
             raise BadArgument(msg)
         client.role, client.job, client.rank = m.role, m.job, m.rank
-        if m.role == "rank":
+        if m.role in {"rank", "tap"}:
             self._watch(client)
+        if m.role == "rank":
             await self._settle(m.job)
         if m.role == "keeper":
             for held in self.arenas.of(m.job):
@@ -504,8 +497,8 @@ class Daemon:
         client.attempt = m.attempt
         if fd is not None:
             self._adopt(fd, f"handed back by rank {m.rank}")
-        self._event(node.AttemptBegan(m.job, m.attempt, m.node, len(m.peers), protects, m.protected, m.rank, m.local_count))
-        self.tiers[m.job] = Tier(m.store, Retention(newest=m.keep_newest, every=m.keep_every), self._tier(m.job).last)
+        self.event(node.AttemptBegan(m.job, m.attempt, m.node, len(m.peers), protects, m.protected, m.rank, m.local_count))
+        self.tiers[m.job] = Tier(m.store, Retention(newest=m.keep_newest, every=m.keep_every), self.tier(m.job).last)
         self.peers.join(m.job, m.attempt, m.node, m.peers, m.secret)
         held, note = await self._arena_for(client, m)
         client.arena = held
@@ -674,8 +667,9 @@ class Daemon:
 
     def _forget(self, job: str) -> None:
         if job in self.node.jobs:
-            self._event(node.Forget(job))
+            self.event(node.Forget(job))
         self.peers.leave(job)
+        self.watcher.forget(job)
         self._drop_guests(job)
         self.tiers.pop(job, None)
         self.protection.leave(job)
@@ -718,7 +712,8 @@ class Daemon:
 
     # --- what the node asks for ---------------------------------------------------------------------------------------------
 
-    def _event(self, event: node.Event) -> None:
+    def event(self, event: node.Event) -> None:
+        """Something happened to a snapshot: on the loop."""
         self._perform(self.node.receive(event, time.monotonic()))
 
     def _perform(self, actions: Iterable[node.Action]) -> None:
@@ -726,7 +721,7 @@ class Daemon:
             self._actions[type(action)](action)
 
     def _do_hash(self, a: node.Hash) -> None:
-        self._start(self._hash(a))
+        self.start(self._hash(a))
 
     async def _hash(self, a: node.Hash) -> None:
         self.busy[a.job] += 1
@@ -738,10 +733,10 @@ class Daemon:
             digests = await self._in_pool(partial(make_seal, a.ref.slot, a.ref.gen, image, held.seal(a.ref.slot)))
             del image
             put_seal(held, a.ref.slot, a.ref.gen, digests)
-            self._event(node.Hashed(a.job, a.attempt, a.step, a.rank, a.ref))
+            self.event(node.Hashed(a.job, a.attempt, a.step, a.rank, a.ref))
         except CkptdError as e:
             self._failed(f"sealing step {a.step} of job {a.job} rank {a.rank}", e)
-            self._event(node.Skipped(a.job, a.attempt, a.step))
+            self.event(node.Skipped(a.job, a.attempt, a.step))
         finally:
             self.busy[a.job] -= 1
             self._settled.set()
@@ -782,10 +777,10 @@ class Daemon:
                 client.channel.send(wire.Reached(attempt=a.attempt, step=a.step, state=a.state))
 
     def _do_part(self, a: node.DoPart) -> None:
-        self._start(self._errand(a, a.errand, self._write_images(a) if a.errand == node.PERSIST else self._make_fragment(a)))
+        self.start(self._errand(a, a.errand, self._write_images(a) if a.errand == node.PERSIST else self._make_fragment(a)))
 
     def _do_write_manifest(self, a: node.WriteManifest) -> None:
-        self._start(self._errand(a, node.PERSIST, self._write_manifest(a)))
+        self.start(self._errand(a, node.PERSIST, self._write_manifest(a)))
 
     async def _errand(self, a: node.DoPart | node.WriteManifest, errand: str, work: Awaitable[None]) -> None:
         try:
@@ -794,32 +789,33 @@ class Daemon:
             if errand == node.PERSIST:
                 self.written.pop((a.job, a.attempt, a.step), None)
             self._failed(f"{errand}ing step {a.step} of job {a.job}", e)
-            self._event(node.ErrandFailed(a.job, a.attempt, a.step, str(e), errand))
+            self.event(node.ErrandFailed(a.job, a.attempt, a.step, str(e), errand))
 
     async def _make_fragment(self, a: node.DoPart) -> None:
         ref, fragment = await self.protection.make(a.job, (a.attempt, a.step))
-        self._event(node.PartDone(a.job, a.attempt, a.step, node.PROTECT, ref=ref, fragment=fragment))
+        self.event(node.PartDone(a.job, a.attempt, a.step, node.PROTECT, ref=ref, fragment=fragment))
 
     async def _write_images(self, a: node.DoPart) -> None:
-        url = self._tier(a.job).url
+        url = self.tier(a.job).url
         if not url:
             msg = f"job {a.job!r} has no durable tier"
             raise BadArgument(msg, remedy="give one: attach(store=...), or ckptd run --store")
         held = {rank: (self.arenas.image(ref, size), self.arenas.digests(ref)) for rank, ref, size in a.refs}
-        await self._in_store_pool(partial(persist.write_images, url, a.job, a.step, a.attempt, held))
+        await self.in_store_pool(partial(persist.write_images, url, a.job, a.step, a.attempt, held))
         self.written.setdefault((a.job, a.attempt, a.step), {}).update({r: d for r, (_, d) in held.items()})
-        self._event(node.PartDone(a.job, a.attempt, a.step))
+        self.event(node.PartDone(a.job, a.attempt, a.step))
 
     async def _write_manifest(self, a: node.WriteManifest) -> None:
-        tier = self._tier(a.job)
+        tier = self.tier(a.job)
         digests = self.written.pop((a.job, a.attempt, a.step), {})
         work = partial(persist.write_manifest, tier.url, a.job, a.step, a.attempt, a.world_size, digests, time.time())
-        tier.last = await self._in_store_pool(work)
-        self._event(node.ErrandDone(a.job, a.attempt, a.step))
-        retain = self._in_store_pool(partial(persist.retain, tier.url, a.job, tier.retention, tier.last))
+        tier.last = await self.in_store_pool(work)
+        self.event(node.ErrandDone(a.job, a.attempt, a.step))
+        retain = self.in_store_pool(partial(persist.retain, tier.url, a.job, tier.retention, tier.last))
         await self._guarded(f"deleting old checkpoints of job {a.job}", retain)  # no failure of this step: it is persisted
 
-    def _tier(self, job: str) -> Tier:
+    def tier(self, job: str) -> Tier:
+        """Where a job's checkpoints go."""
         return self.tiers.get(job) or Tier()
 
     # --- peers.Local --------------------------------------------------------------------------------------------------------
@@ -852,25 +848,25 @@ class Daemon:
         errand = news.errand or node.PERSIST
         match news.what:
             case "sealed":
-                self._event(node.PeerSealed(*key, news.node))
+                self.event(node.PeerSealed(*key, news.node))
             case "skipped":
-                self._event(node.Skipped(*key, news.node))
+                self.event(node.Skipped(*key, news.node))
             case "replicas":
                 self.ballots[news.job].add((news.attempt, news.step), news.replicas)
             case "asked":
-                self._event(node.Asked(*key, errand))
+                self.event(node.Asked(*key, errand))
             case "told":
-                self._event(node.Told(*key, errand, news.after))
+                self.event(node.Told(*key, errand, news.after))
             case "part":
                 if errand == node.PERSIST and key[1:] in self.node.jobs[news.job].snapshots:
                     self.written.setdefault(key, {}).update(news.digests)
-                self._event(node.PartDone(*key, errand, news.node))
+                self.event(node.PartDone(*key, errand, news.node))
             case "done":
-                self._event(node.ErrandDone(*key, errand, here=False))
+                self.event(node.ErrandDone(*key, errand, here=False))
             case "failed":
                 if errand == node.PERSIST:
                     self.written.pop(key, None)
-                self._event(node.ErrandFailed(*key, f"node {news.node} could not", errand, here=False))
+                self.event(node.ErrandFailed(*key, f"node {news.node} could not", errand, here=False))
             case _:
                 log.debug("a peer says %r", news.what)
 
@@ -881,6 +877,10 @@ class Daemon:
     def beaten(self, beat: wire.PeerBeat) -> None:
         """A node said something of a job's rendezvous."""
         self.members.heard(beat)
+
+    def watched(self, message: wire.PeerWatch | wire.PeerAsk | wire.PeerVerdict) -> None:
+        """A peer says something of the watching of a job."""
+        self.watcher.heard(message)
 
     def greeting(self, job: str) -> list[wire.PeerNews]:
         """News to begin a connection with."""
@@ -901,6 +901,7 @@ class Daemon:
             "errors": self.error_count,
             "last_errors": [*self.errors][-5:],
             "jobs": {name: self._job_status(job) for name, job in self.node.jobs.items()},
+            "watched": {name: self.watcher.status(name) for name in self.watcher.jobs},
             "rendezvous": {name: self.members.status(name) for name in self.members.names()},
         }
 
@@ -909,7 +910,8 @@ class Daemon:
             "ranks": sorted(c.rank for c in self.clients if c.role == "rank" and c.job == job.name and c.arena is not None),
             "peers_connected": {str(n): ok for n, ok in self.peers.connected(job.name).items()},
             "group": self.protection.status(job.name) if job.protect else None,
-            "store": self._tier(job.name).url,
+            "store": self.tier(job.name).url,
+            "watching": self.watcher.status(job.name),
             "suspected": [{"step": step, "what": str(s), "ranks": s.ranks, "tensors": s.tensors} for name, step, s in self.suspicions if name == job.name],
         }
 
@@ -934,10 +936,12 @@ class Daemon:
     async def _in_pool(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    async def _in_store_pool(self, work: Callable[[], Any]) -> Any:
+    async def in_store_pool(self, work: Callable[[], Any]) -> Any:
+        """Work that may hang: storage, other processes."""
         return await asyncio.get_running_loop().run_in_executor(self._store_pool, work)
 
-    def _start(self, work: Any) -> None:
+    def start(self, work: Any) -> None:
+        """A task of the daemon's own; its failure is counted."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)

@@ -42,6 +42,8 @@ RATE_MIN_BYTES_PER_S = 8 << 20
 """The least rate limit: each of 31 members may wait for a block of 1 MiB, none for longer than ANSWER_TIMEOUT_S."""
 UNPROVEN_MAX = 128
 """Connections that did not prove themselves yet: of more, the oldest is hung up on. A daemon that was right dials again."""
+WATCH_MAX = 64
+"""Summaries queued for one that does not answer: what is lost is seen by its number."""
 NEWS_MAX = 4096
 """News queued for a peer that does not answer; the oldest go first, for a new connection tells everything anyway."""
 
@@ -65,6 +67,9 @@ class Local(Protocol):
 
     def heard(self, news: wire.PeerNews) -> None:
         """A peer told something."""
+
+    def watched(self, message: wire.PeerWatch | wire.PeerAsk | wire.PeerVerdict) -> None:
+        """A peer says something of the watching of a job."""
 
     def greeting(self, job: str) -> list[wire.PeerNews]:
         """News to begin a connection with."""
@@ -175,6 +180,12 @@ class Peers:
             if job == news.job and only in {None, node}:
                 link.put(news)
 
+    def tell_watch(self, message: wire.PeerWatch | wire.PeerAsk | wire.PeerVerdict, only: int | None = None) -> None:
+        """Say something of watching to one node of the job, or to all; never before news."""
+        for (job, other), link in self._links.items():
+            if job == message.job and only in {None, other}:
+                link.put_watch(message)
+
     def address_of(self, job: str, node: int) -> str:
         """Where a node listens. Raises NotFound."""
         link = self._links.get((job, node))
@@ -283,6 +294,8 @@ class Peers:
                 self._greeted(message)
             case wire.PeerNews():
                 self._local.heard(message)
+            case wire.PeerWatch() | wire.PeerAsk() | wire.PeerVerdict():
+                self._local.watched(message)
             case wire.Describe() | wire.Fetch():
                 await self._answer(peer, message)
             case wire.List():
@@ -329,11 +342,16 @@ class _Link:
         self.connected = False
         self._peers = peers
         self._news: deque[wire.PeerNews] = deque(maxlen=NEWS_MAX)
+        self._watch: deque[wire.Message] = deque(maxlen=WATCH_MAX)
         self._wake = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name=f"peer {job}/{address}")
 
     def put(self, news: wire.PeerNews) -> None:
         self._news.append(news)
+        self._wake.set()
+
+    def put_watch(self, message: wire.Message) -> None:
+        self._watch.append(message)
         self._wake.set()
 
     async def _run(self) -> None:
@@ -357,8 +375,8 @@ class _Link:
             if news.what != "part" or self.other == 0:
                 await peer.send(news)
         while True:
-            while self._news:
-                await peer.send(self._news.popleft())
+            while self._news or self._watch:
+                await peer.send(self._news.popleft() if self._news else self._watch.popleft())
             self._wake.clear()
             await self._wake.wait()
 
