@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ckptd import errors
-from ckptd.channel import Pipe, connect
+from ckptd.channel import Pipe, connect, peer_of
 from ckptd.core import wire
 from ckptd.errors import CkptdError, DaemonUnreachable, PeerFailed
 
@@ -40,8 +40,11 @@ Answer = TypeVar("Answer", bound=wire.Message)
 class Link:
     """One connection at a time to the daemon at `path`, and the thread that keeps it."""
 
-    def __init__(self, path: Path, hello: Callable[[int], wire.Hello], on_notice: Callable[[Any], None]) -> None:
+    def __init__(
+        self, path: Path, hello: Callable[[int], wire.Hello], on_notice: Callable[[Any], None], *, retry_max_s: float = REJOIN_S[1]
+    ) -> None:
         self._path = path
+        self._retry_max_s = retry_max_s
         self._hello = hello
         self._on_notice = on_notice
         self._ids = itertools.count(1)
@@ -49,7 +52,9 @@ class Link:
         self._tells: deque[tuple[wire.Message, int | None]] = deque(maxlen=TELLS_MAX)
         self._lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._rejoin: tuple[Callable[[int], wire.Join], int] | None = None
+        self._rejoin: tuple[Callable[[int], wire.Request], int] | None = None
+        self._renew = False
+        self._on_connect: Callable[[int], None] | None = None
         self._chose: wire.Chose | None = None
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -63,6 +68,27 @@ class Link:
         self._thread = threading.Thread(target=self._run, args=(pipe,), name="ckptd-link", daemon=True)
         self._thread.start()
         return self.ask(self._hello, wire.Welcome, timeout_s)[0]
+
+    def start(self, on_connect: Callable[[int], None] | None = None) -> None:
+        """Reach the daemon whenever there is one, and say what `rejoin_with` was given; returns at once. `on_connect(its pid)`: in the link's thread."""
+        self._on_connect = on_connect
+        self._thread = threading.Thread(target=self._begin, name="ckptd-tap", daemon=True)
+        self._thread.start()
+
+    def hurry(self) -> None:
+        """A daemon may be there now: try at once."""
+        self._kick()
+
+    def renew(self) -> None:
+        """Leave this connection, and greet anew."""
+        self._renew = True
+        self._kick()
+
+    def again(self) -> None:
+        """Say to this daemon again what `rejoin_with` was given."""
+        if self._rejoin is not None:
+            make, fd = self._rejoin
+            self.tell(make(next(self._ids)), fd)
 
     def tell(self, message: wire.Message, fd: int | None = None) -> None:
         """Queue a notice; never waits, never raises. Without a connection it is dropped."""
@@ -97,8 +123,8 @@ class Link:
             raise PeerFailed(msg)
         return answer, got
 
-    def rejoin_with(self, join: Callable[[int], wire.Join], fd: int) -> None:
-        """How to join a successor of this daemon: the request, and the arena to hand back."""
+    def rejoin_with(self, join: Callable[[int], wire.Request], fd: int) -> None:
+        """How to join a successor of this daemon: the request, and the descriptor to hand over (an arena, a ring)."""
         self._rejoin = join, fd
 
     def close(self) -> None:
@@ -113,6 +139,9 @@ class Link:
             os.eventfd_write(self._wake, 1)
 
     # --- the thread ---------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._run(self._reconnect())
 
     def _run(self, pipe: Pipe | None) -> None:
         while pipe is not None:
@@ -136,7 +165,8 @@ class Link:
             while self._tells and not pipe.wants_write:  # what the socket does not take stays in the bounded queue
                 pipe.put(*self._tells.popleft())
                 pipe.flush()
-            if self._closing and not pipe.wants_write:
+            if (self._closing or self._renew) and not pipe.wants_write:
+                self._renew = False
                 return
             poller.register(pipe.sock, select.POLLIN | (select.POLLOUT if pipe.wants_write else 0))
             ready = {fd for fd, _ in poller.poll(1000)}
@@ -159,8 +189,8 @@ class Link:
         if fd is not None:
             os.close(fd)
         if isinstance(message, wire.Refused) and self.reconnects:
-            log.warning("the daemon refused to take this rank back: %s", message.message)
-        if number == 0:
+            log.log(logging.WARNING if self._on_connect is None else logging.DEBUG, "the daemon refused to take this rank back: %s", message.message)
+        if number == 0 or isinstance(message, wire.Watched):
             self._on_notice(message)
 
     def _fail_waiting(self) -> None:
@@ -189,8 +219,21 @@ class Link:
                     pipe.close()
                     raise
                 self.reconnects += 1
-                log.info("a daemon is back at %s: the arena was handed to it", self._path)
+                if self._on_connect is not None:
+                    self._on_connect(peer_of(pipe.sock)[0])
+                else:
+                    log.info("a daemon is back at %s: the arena was handed to it", self._path)
                 return pipe
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, REJOIN_S[1])
+            if self._pause(pause_s):
+                pause_s = REJOIN_S[0]
+            pause_s = min(2 * pause_s, self._retry_max_s)
         return None
+
+    def _pause(self, pause_s: float) -> bool:
+        """Whether somebody said that it is time before it was over."""
+        ready, _, _ = select.select([self._wake], [], [], pause_s)
+        if ready:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+            time.sleep(0.01)
+        return bool(ready)

@@ -19,8 +19,6 @@ import atexit
 import logging
 import operator
 import os
-import re
-import sys
 import threading
 import time
 import weakref
@@ -29,7 +27,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -38,7 +35,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckptd import restore as restoring
-from ckptd import rounds, spawn, state
+from ckptd import rounds, spawn, state, tapline
 from ckptd.arena import Arena
 from ckptd.binding import Binding, encode_objects
 from ckptd.capture import FAILED, Capture, copier_for, copy_batch, hash_of, pin, unpin
@@ -59,6 +56,7 @@ from ckptd.errors import (
 )
 from ckptd.link import Link
 from ckptd.meeting import Meeting, meeting_of
+from ckptd.monitor import record, tap
 from ckptd.state import Leaf, TrainState
 from ckptd.storage import absolute, checkpoint, open_store
 from ckptd.wanted import Asker, Wanted
@@ -193,6 +191,7 @@ class Session:
         place = self._meeting.round("attach", msgspec.msgpack.encode(arrival), rounds.gather, self.settings.timeout_s)
         self._place = msgspec.msgpack.decode(place, type=rounds.Place)
         self.attempt = self._place.attempt
+        tapline.ensure(self.settings.job, self.attempt, self.settings.directory)
         self._copier = copier_for([t for leaf in self._train.leaves if (t := leaf.resolve()) is not None])
         self._hooks = [
             hook
@@ -362,16 +361,22 @@ class Session:
 
     # --- the step -----------------------------------------------------------------------------------------------------------
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, *, loss: Any = None, grad_norm: Any = None) -> None:
         """Snapshot the state as it is after this step's update; returns at once. Call it after `optimizer.step()`, on every rank.
 
-        Raises NotRestored if snapshots of this job exist and `restore` was not called; nothing else for ckptd's own reasons.
+        `loss`, `grad_norm`: to have one that is no number noticed. Raises NotRestored if snapshots of this job exist and `restore` was not called; nothing else for ckptd's own reasons.
         """
         step = operator.index(step)
         due = self.settings.persist_every > 0 and step % self.settings.persist_every == 0
-        self._take(step, patient=due)
-        if due:
-            self.persist(step)
+        if loss is not None or grad_norm is not None:
+            tap.report_loss(loss, grad_norm)
+        try:
+            with tap.interval(record.CHECKPOINT):
+                self._take(step, patient=due)
+            if due:
+                self.persist(step)
+        finally:
+            tap.stepped(step)
 
     snapshot = step
 
@@ -533,7 +538,8 @@ class Session:
     def _fence(self, *_args: Any) -> None:
         began_s = time.perf_counter()
         self._fences += 1
-        self._copier.fence()
+        with tap.interval(record.CHECKPOINT):
+            self._copier.fence()
         self._timings["fence_s"] = time.perf_counter() - began_s
 
     # --- restore ------------------------------------------------------------------------------------------------------------
@@ -545,6 +551,10 @@ class Session:
         Without any snapshot it returns step 0. Raises StateMismatch (keys, by name), NotFound (no such step), and, when snapshots exist and none
         of them could be restored, the newest one's error: never a silent start from scratch.
         """
+        with tap.interval(record.RESTORE):
+            return self._restore(step=step, strict=strict, fresh=fresh, timeout_s=timeout_s)
+
+    def _restore(self, *, step: int | None, strict: bool, fresh: bool, timeout_s: float) -> Restored:
         began_s = time.perf_counter()
         if self._taken is not None:
             msg = f"restore after step {self._taken} was taken: this attempt's snapshots are newer"
@@ -799,7 +809,7 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
     """
     env = os.environ
     chosen = Settings(
-        job=job or env.get("CKPTD_JOB") or _run_id(env.get("TORCHELASTIC_RUN_ID", "")) or Path(sys.argv[0] or "job").stem or "job",
+        job=job or tapline.job_of_environment(),
         store=absolute(store if store is not None else env.get("CKPTD_STORE", "")),
         persist_every=persist_every if persist_every is not None else int(env.get("CKPTD_PERSIST_EVERY", "0")),
         slots=slots if slots is not None else int(env.get("CKPTD_SLOTS", "0")),
@@ -823,11 +833,6 @@ def attach(  # noqa: PLR0913  the face: every argument is a choice of the user's
         session._abandon()  # noqa: SLF001
         raise
     return session
-
-
-def _run_id(run_id: str) -> str:
-    """torch elastic's run id, if it is one that a restart of the whole job will have again (not "none", not --standalone's uuid)."""
-    return "" if run_id in {"", "none"} or re.fullmatch(r"[0-9a-f-]{36}", run_id) else run_id
 
 
 def _by_prefix(given: Any, kind: type) -> list[tuple[str, Any]]:

@@ -315,6 +315,8 @@ class ProbeDone(Message, frozen=True, kw_only=True):
     probe: int
     kind: Text
     rate: float
+    best: float = 0.0
+    """Of the best repeat alone; `rate` is all work over all time."""
     device: Text = "cpu"
 
 

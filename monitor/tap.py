@@ -1,0 +1,253 @@
+"""The tap: sees every collective and send of this rank, and writes the ring. In the trainer; nothing of it can fail or delay a step.
+
+    attach() -> Tap      make the ring, take the best layer that works, hook the marks
+    current()            the process's tap, if there is one
+
+Layers, best first (record.LAYERS): "hooks" (torch's own, from 2.14), "native" (C++ at the dispatcher; `tap_build` builds it), "python" (the same in Python), "patched"
+(methods). Each is tried on an operation of its own, alone, before it is believed.
+
+CKPTD_DISABLE=1: nothing at all. CKPTD_TAP=0: no tap; native, python, patched, hooks: this layer and no other. CKPTD_RING_RECORDS: how many records a ring holds.
+
+Threads: attach and close by one; the rest by any. A forked child has no tap: it writes nothing. Errors of the tap's own are counted; at ERRORS_MAX it goes silent.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime as dt
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ckptd.errors import BadArgument
+from ckptd.monitor import record
+from ckptd.monitor.marks import Marks
+from ckptd.monitor.ring import Ring
+from ckptd.monitor.tap_writer import Writer, fill_header
+
+log = logging.getLogger("ckptd.tap")
+
+ERRORS_MAX = 16
+SCRATCH_RECORDS = 64
+_ONE = threading.Lock()
+_current: Tap | None = None
+
+
+class Tap:
+    """One rank's tap. Made by `attach`."""
+
+    def __init__(self, rank: int, world_size: int, capacity: int) -> None:
+        self.ring = Ring.create(capacity)
+        self.rank = rank
+        self.pid = os.getpid()
+        self.layer = "none"
+        self.writer: Writer = Writer(self.ring)
+        self.at_step: Callable[[], None] | None = None
+        """Called once at the end of the step under way, by the thread that trains; then forgotten."""
+        self.on_close: Callable[[], None] | None = None
+        """The line's."""
+        self.over = False
+        """It failed too often, or was closed: it does not come back."""
+        self._layer: Any = None
+        fill_header(self.ring, rank, world_size, 0)
+        self.marks = Marks(self.writer, self.failed, self._stepped)
+
+    def install(self, names: tuple[str, ...]) -> None:
+        """The first of these layers that works."""
+        for name in names:
+            try:
+                layer = LAYERS[name](self)
+            except Exception as e:  # noqa: BLE001  whatever is missing, the next is tried
+                log.debug("tap %s: %s: %s", name, type(e).__name__, e)
+                continue
+            if self._check():
+                self._layer, self.layer = layer, name
+                break
+            log.debug("tap %s: did not see its own operation", name)
+            with contextlib.suppress(Exception):
+                layer.remove()
+        self.writer.use(self.ring)
+        self.ring.header["layer"] = record.LAYERS.index(self.layer)
+        self.marks.install()
+
+    def _check(self) -> bool:
+        """Whether the layer records an operation of its own, on a group of one rank and a ring of its own."""
+        scratch = Ring.create(SCRATCH_RECORDS)
+        self.writer.use(scratch)
+        try:
+            group = group_of_one()
+            if group is None:
+                return True  # nothing to try it with
+            import torch
+
+            group.allreduce([torch.zeros(3)]).wait()
+            found = scratch.read(0).records
+            return len(found) == 1 and (int(found["op"][0]), int(found["bytes"][0]), int(found["seq"][0])) == (record.OPS.index("all_reduce"), 12, 1)
+        except Exception as e:  # noqa: BLE001
+            log.debug("tap: its trial failed: %s", e)
+            return False
+        finally:
+            self.writer.use(self.ring)
+            scratch.close()
+
+    def identify(self, job: str, attempt: int) -> None:
+        """Write what is known of the job into the ring."""
+        self.ring.header["job"], self.ring.header["attempt"] = job.encode()[: record.JOB_BYTES], attempt
+
+    def failed(self) -> None:
+        """Something in the tap went wrong: count it, and at ERRORS_MAX be silent."""
+        with contextlib.suppress(Exception):
+            if self.writer.error() == ERRORS_MAX:
+                self.over = self.writer.off = True
+                log.warning("rank %d: the tap failed %d times and is off; training is not affected: %r", self.rank, ERRORS_MAX, sys.exception())
+
+    def _stepped(self) -> None:
+        work, self.at_step = self.at_step, None
+        if work is not None:
+            work()
+
+    def finished(self, *, over: bool) -> None:
+        """The process group ended in good order (or began anew): silence is no hang."""
+        self.ring.header["done"] = int(over)
+
+    def close(self) -> None:
+        """Unhook; the ring stays readable for who has it."""
+        global _current  # noqa: PLW0603
+        if os.getpid() != self.pid:
+            return
+        self.finished(over=True)
+        self.over = self.writer.off = True
+        self.marks.remove()
+        if self.on_close is not None:
+            self.on_close()
+        if self._layer is not None:
+            with contextlib.suppress(Exception):
+                self._layer.remove()
+            self._layer = None
+        if _current is self:
+            _current = None
+
+
+def group_of_one() -> Any:
+    """A process group of this rank alone, outside torch's tables; None where there is no gloo."""
+    import torch
+    from torch._C import _distributed_c10d as c10d
+
+    if not hasattr(c10d, "ProcessGroupGloo"):
+        return None
+    store = c10d.HashStore()
+    backend = c10d.ProcessGroupGloo(store, 0, 1, dt.timedelta(seconds=10))
+    group: Any = c10d.ProcessGroup(store, 0, 1)
+    group._register_backend(torch.device("cpu"), c10d.ProcessGroup.BackendType.GLOO, backend)  # noqa: SLF001  as new_group does
+    group._set_default_backend(c10d.ProcessGroup.BackendType.GLOO)  # noqa: SLF001
+    group._set_group_name("ckptd-tap")  # noqa: SLF001
+    return group
+
+
+def _python(tap: Tap) -> Any:
+    from ckptd.monitor import tap_python
+
+    return tap_python.Kernels(tap_python.Seen(tap.writer, tap.failed))
+
+
+def _patched(tap: Tap) -> Any:
+    from ckptd.monitor import tap_python
+
+    return tap_python.Patches(tap_python.Seen(tap.writer, tap.failed))
+
+
+LAYERS: dict[str, Callable[[Tap], Any]] = {"python": _python, "patched": _patched}
+
+
+def wanted() -> tuple[str, ...]:
+    """The layers to try, by the environment; none: no tap."""
+    chosen = os.environ.get("CKPTD_TAP", "")
+    if os.environ.get("CKPTD_DISABLE", "") == "1" or chosen == "0":
+        return ()
+    return (chosen,) if chosen in LAYERS else tuple(LAYERS)
+
+
+def current() -> Tap | None:
+    """This process's tap."""
+    return _current
+
+
+def attach() -> Tap | None:
+    """This process's tap, made now if there is none and torch's default process group exists. Never raises."""
+    global _current  # noqa: PLW0603
+    names = wanted()
+    if not names:
+        return None
+    with _ONE:
+        if _current is not None:
+            return _current
+        try:
+            import torch.distributed as dist
+
+            if not (dist.is_available() and dist.is_initialized()):
+                return None
+            capacity = int(os.environ.get("CKPTD_RING_RECORDS", record.CAPACITY_DEFAULT))
+            tap = Tap(dist.get_rank(), dist.get_world_size(), capacity)
+            tap.install(names)
+            os.register_at_fork(after_in_child=lambda: _forked(tap))
+            atexit.register(tap.close)
+            _current = tap
+        except Exception:
+            log.debug("no tap", exc_info=True)
+        return _current
+
+
+PHASES = ("eval", "checkpoint", "data", "compile", "restore", "train")
+
+
+@contextlib.contextmanager
+def phase(kind: str) -> Iterator[None]:
+    """What the training loop does meanwhile is known to be no straggling: `with ckptd.phase("eval"): ...`; kinds: PHASES. Raises BadArgument for another.
+
+    Costs a microsecond, and nothing where no tap is; may be nested; any thread.
+    """
+    if kind not in PHASES:
+        msg = f"phase({kind!r}): there are {', '.join(PHASES)}"
+        raise BadArgument(msg)
+    with interval(record.MARKS.index(kind)):
+        yield
+
+
+def interval(kind: int) -> contextlib.AbstractContextManager[None]:
+    """An interval mark of this process's tap, if there is one."""
+    its = _current
+    return contextlib.nullcontext() if its is None else its.marks.interval(kind)
+
+
+def report_loss(loss: Any, grad_norm: Any = None) -> None:
+    """Have a loss (and the gradients' norm) looked at: one that is no number becomes a finding. Does not wait for a device. Never raises; any thread."""
+    its = _current
+    if its is None:
+        return
+    try:
+        its.marks.loss(loss, record.BAD_LOSS)
+        its.marks.loss(grad_norm, record.BAD_GRAD)
+    except Exception:  # noqa: BLE001  a loss of a kind that we cannot read
+        its.failed()
+
+
+def stepped(number: int) -> None:
+    """The session ended a step of this number."""
+    its = _current
+    if its is None:
+        return
+    try:
+        its.marks.step(number)
+    except Exception:  # noqa: BLE001
+        its.failed()
+
+
+def _forked(tap: Tap) -> None:
+    global _current  # noqa: PLW0603
+    tap.over = tap.writer.off = True
+    if _current is tap:
+        _current = None

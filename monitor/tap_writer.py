@@ -1,0 +1,243 @@
+"""Writes a ring from Python: what the layers without C++ use, and what says how the C++ does it (`native.cpp`).
+
+`record.py` has the rules. Here they are kept by: one lock over claims and rows of groups (reentrant: the garbage collector may call a mark in the middle of a
+record), no call between reading and moving `head`, and stores of whole words. Python orders stores as it writes them down; on x86 the processor does too, and on
+weakly ordered machines a reader may drop a record more.
+
+Threads: any. Nothing here waits for longer than another thread's record takes. A forked child writes nothing (`off`).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Sequence
+from time import monotonic_ns
+
+from ckptd.monitor import record
+from ckptd.monitor.ring import Ring
+from ckptd.monitor.tap_ops import history, signature
+
+_AFTER_COMMIT = struct.Struct("QQQQIIBBBBiII")
+assert _AFTER_COMMIT.size == record.RECORD.itemsize - 8  # noqa: S101  drawn, not computed
+
+
+def _words(dtype: object, at: int = 0) -> dict[str, int]:
+    """Field -> index of its 8-byte word."""
+    return {name: (at + offset) // 8 for name, (_, offset, *_) in dtype.fields.items()}  # type: ignore[attr-defined]
+
+
+_H = _words(record.HEADER)
+_G = _words(record.GROUP)
+_HEAD, _STEP, _PHASE_NS, _ERRORS, _HOOK_NS, _LOST = (_H[n] for n in ("head", "step", "phase_ns", "errors", "hook_ns", "device_lost"))
+_PHASES_U32 = record.HEADER.fields["phases"][1] // 4  # type: ignore[index]
+_VERSION, _OPS_WORD = _G["version"], _G["op"]
+_ROW_WORDS, _RECORD_WORDS = record.GROUP.itemsize // 8, record.RECORD.itemsize // 8
+
+
+class Writer:
+    """The one writer of one ring. `off`: set in a forked child, and when the tap was told to stop."""
+
+    def __init__(self, ring: Ring) -> None:
+        self.lock = threading.RLock()
+        self.off = False
+        self.coalescing = 0
+        """Flag that operations get between the start and the end of a coalesced batch."""
+        self.capturing = 0
+        """Flag while a CUDA graph is captured."""
+        self.use(ring)
+
+    def use(self, ring: Ring) -> None:
+        """Write here from now on."""
+        self.ring = ring
+        self._bytes = memoryview(ring.memory)
+        self._q = self._bytes.cast("Q")
+        self._u32 = self._bytes.cast("I")
+        self._mask = ring.capacity - 1
+        self._rows: dict[int, int] = {}
+
+    # --- groups -------------------------------------------------------------------------------------------------------------
+
+    def group(self, key: int, size: int, mine: int, ranks: Sequence[int]) -> int:
+        """The row of a group: the one that has its key already, a new one, or NO_GROUP when all are taken (counted)."""
+        with self.lock:
+            if key in self._rows:
+                return self._rows[key]
+            header = self.ring.header
+            row = int(header["groups"][0])
+            if row >= record.GROUPS_MAX:
+                header["untabled"] += 1
+                return record.NO_GROUP
+            used = int(header["ranks_used"][0])
+            at = record.EVERYBODY
+            if list(ranks) != list(range(size)) and used + size <= record.RANKS_MAX:
+                self.ring.ranks[used : used + size] = ranks
+                header["ranks_used"] = used + size
+                at = used
+            place = self.ring.groups_table[row : row + 1]
+            place["key"], place["size"], place["mine"], place["ranks_at"], place["local_id"], place["p2p_peer"] = key, size, mine, at, row, -1
+            header["groups"] = row + 1
+            self._rows[key] = row
+            return row
+
+    # --- operations ---------------------------------------------------------------------------------------------------------
+
+    def enter(self, row: int, op: int, dtype: int, nbytes: int, flags: int, peer: int, signed: int) -> int:
+        """An operation begins: its record's index. `signed`: bytes as far as members must agree on them."""
+        flags |= self.coalescing | self.capturing
+        now = monotonic_ns()
+        q = self._q
+        with self.lock:
+            i = q[_HEAD]
+            q[_HEAD] = i + 1  # no call since the line above: nothing can come between
+            at = i & self._mask
+            at = record.RECORDS_AT // 8 + at * _RECORD_WORDS
+            q[at] = 0
+            seq = 0
+            if row != record.NO_GROUP:
+                seq = self._enter_group(row, op, dtype, nbytes, flags, peer, signed, now)
+            step = (q[_STEP] + 1) & 0xFFFFFFFF
+            _AFTER_COMMIT.pack_into(self._bytes, at * 8 + 8, now, 0, 0, nbytes, seq & 0xFFFFFFFF, step, row, op, dtype, flags & 0xFF, peer, 0, 0)
+            q[at] = i + 1
+        return i
+
+    def _enter_group(self, row: int, op: int, dtype: int, nbytes: int, flags: int, peer: int, signed: int, now: int) -> int:
+        q, g = self._q, record.GROUPS_AT // 8 + row * _ROW_WORDS
+        q[g + _VERSION] += 1
+        ops = q[g + _OPS_WORD]
+        if flags & record.P2P:
+            seq = q[g + _G["p2p_entered"]] + 1
+            q[g + _G["p2p_entered"]] = seq
+            q[g + _G["p2p_ns"]] = now
+            q[g + _OPS_WORD] = (ops & 0xFFFF) | op << 16 | 1 << 24 | (peer & 0xFFFFFFFF) << 32
+        else:
+            seq = q[g + _G["entered"]] + 1
+            sign = signature(op, dtype, signed)
+            q[g + _G["entered"]] = seq
+            q[g + _G["entered_ns"]] = now
+            q[g + _G["history"]] = history(q[g + _G["history"]], sign)
+            q[g + _G["signature"]] = sign
+            q[g + _G["bytes"]] = nbytes
+            q[g + _OPS_WORD] = (ops & ~0xFFFF) | op | dtype << 8
+        q[g + _VERSION] += 1
+        return int(seq)
+
+    def _at(self, i: int) -> int:
+        """The word where record `i` begins, or 0 if it was overwritten."""
+        at = record.RECORDS_AT // 8 + (i & self._mask) * _RECORD_WORDS
+        return at if self._q[at] == i + 1 else 0
+
+    def returned(self, i: int) -> None:
+        """The call came back to the host."""
+        with self.lock:
+            if (at := self._at(i)) and not self._q[at + 2]:
+                self._q[at + 2] = monotonic_ns()
+
+    def ended(self, i: int, *, failed: bool = False) -> None:
+        """The operation is known to be done."""
+        now = monotonic_ns()
+        with self.lock:
+            if at := self._at(i):
+                self._end(at, now, failed=failed)
+
+    def waited(self, i: int, began_ns: int, *, done: bool, failed: bool = False) -> None:
+        """A wait for it returned. `done`: that says that it is done (not so on a device, whose waits are its stream's)."""
+        now = monotonic_ns()
+        with self.lock:
+            if not (at := self._at(i)):
+                return
+            q = self._q
+            q[at + 2] = now
+            self._bytes[at * 8 + 51] |= record.WAITED
+            q[at + 7] = min((q[at + 7] & 0xFFFFFFFF) + (now - began_ns) // 1000, 0xFFFFFFFF) | q[at + 7] & ~0xFFFFFFFF
+            if done or failed:
+                self._end(at, now, failed=failed)
+
+    def _end(self, at: int, now: int, *, failed: bool) -> None:
+        q = self._q
+        if failed:
+            self._bytes[at * 8 + 51] |= record.FAILED
+        if not q[at + 3]:
+            q[at + 3] = now
+        row, seq = q[at + 6] & 0xFF, q[at + 5] & 0xFFFFFFFF
+        if row == record.NO_GROUP:
+            return
+        g = record.GROUPS_AT // 8 + row * _ROW_WORDS
+        p2p = self._bytes[at * 8 + 51] & record.P2P
+        newest, done, ns = (_G["p2p_entered"], _G["p2p_done"], 0) if p2p else (_G["entered"], _G["done"], _G["done_ns"])
+        seq |= q[g + newest] & ~0xFFFFFFFF
+        if seq > q[g + done]:
+            q[g + _VERSION] += 1
+            q[g + done] = seq
+            if ns:
+                q[g + ns] = now
+            elif seq == q[g + newest]:
+                q[g + _OPS_WORD] &= ~(0xFF << 24)
+            q[g + _VERSION] += 1
+
+    # --- marks --------------------------------------------------------------------------------------------------------------
+
+    def mark(self, kind: int, began_ns: int, ended_ns: int, value: int = 0, flags: int = 0) -> None:
+        """An interval of the step's life, or a moment (both times equal)."""
+        q = self._q
+        with self.lock:
+            i = q[_HEAD]
+            q[_HEAD] = i + 1
+            at = record.RECORDS_AT // 8 + (i & self._mask) * _RECORD_WORDS
+            q[at] = 0
+            step = (q[_STEP] + 1) & 0xFFFFFFFF
+            flags |= record.MARK
+            _AFTER_COMMIT.pack_into(
+                self._bytes, at * 8 + 8, began_ns, ended_ns, ended_ns, value, 0, step, record.NO_GROUP, kind, 0, flags, -1, 0, 0
+            )
+            q[at] = i + 1
+
+    def step(self, number: int | None) -> None:
+        """A step ended: a STEP mark, and the header's count, or its number where the session gives one."""
+        now = monotonic_ns()
+        with self.lock:
+            self.mark(record.STEP, now, now, 0 if number is None else number, 0 if number is None else record.NUMBERED)
+            self._q[_STEP] = self._q[_STEP] + 1 if number is None else number
+
+    def phase(self, kind: int, since_ns: int | None) -> None:
+        """An interval of this kind is open since then; None: it is no more."""
+        with self.lock:
+            if since_ns is None:
+                self._u32[_PHASES_U32] &= ~(1 << kind)
+            else:
+                self._q[_PHASE_NS] = since_ns
+                self._u32[_PHASES_U32] |= 1 << kind
+
+    @property
+    def records(self) -> int:
+        """Records claimed so far."""
+        return int(self._q[_HEAD])
+
+    def error(self) -> int:
+        """Count a failure of the tap; how many there were."""
+        with self.lock:
+            self._q[_ERRORS] += 1
+            return int(self._q[_ERRORS])
+
+    def hook_ns(self, spent_ns: int) -> None:
+        """Add to the time spent in the tap."""
+        with self.lock:
+            self._q[_HOOK_NS] += spent_ns
+
+    def thread(self, native_id: int) -> None:
+        """The thread that trains."""
+        self.ring.header["thread"] = native_id
+
+
+def pid_start(pid: int | str = "self") -> int:
+    """Field 22 of /proc/pid/stat: when the process began, in ticks since boot."""
+    with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as f:  # noqa: PTH123
+        return int(f.read().rpartition(")")[2].split()[19])
+
+
+def fill_header(ring: Ring, rank: int, world_size: int, layer: int) -> None:
+    """Who writes. Job and attempt come when they are known."""
+    h = ring.header
+    h["rank"], h["world_size"], h["local_rank"] = rank, world_size, int(os.environ.get("LOCAL_RANK", "0") or 0)
+    h["pid"], h["pid_start"], h["layer"], h["thread"] = os.getpid(), pid_start(), layer, threading.get_native_id()
