@@ -381,7 +381,7 @@ class Daemon:
                 self.event(node.RestoreFailed(client.job, message.attempt, message.step, message.source))
             case wire.Closed():
                 self.members.close(client.channel)
-            case wire.ProbeDone() | wire.StacksDone() | wire.Acted():
+            case wire.ProbeDone() | wire.StacksDone() | wire.Acted() | wire.Ending():
                 self.watcher.notice(client, message)
             case wire.HandBack() if fd is not None:
                 self._adopt(fd, f"handed back by process {client.pid}")

@@ -23,7 +23,7 @@ import os
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ import msgspec
 
 from ckptd.core import node, wire
 from ckptd.errors import BadArgument, CkptdError
-from ckptd.monitor import record, report
+from ckptd.monitor import record, recorded, report
 from ckptd.monitor.engine import Ask, Concluded, Engine, Past
 from ckptd.monitor.engine import Settings as EngineSettings
 from ckptd.monitor.ring import Ring
@@ -80,6 +80,8 @@ class Rank:
     told_groups: int = -1
     done: deque[Done] = field(default_factory=lambda: deque(maxlen=256))
     gone: bool = False
+    ending: bool = False
+    """Its launcher ends it."""
 
 
 @dataclass(slots=True)
@@ -92,6 +94,8 @@ class Job:
     policy: str = ""
     ranks: dict[int, Rank] = field(default_factory=dict)
     engine: Engine | None = None
+    recorder: recorded.Writer | None = None
+    health: report.Health | None = None
     past: tuple[Past, ...] = ()
     """What was done in earlier attempts."""
     run: int = 0
@@ -117,6 +121,7 @@ class Watcher:
         self.counts: Counter[str] = Counter()
         self.listeners: list[Any] = []
         """Called with (job, verdict) for each that is new or changed: the log, webhooks."""
+        self._recorder: Callable[[recorded.Header], recorded.Writer] | None = None
         self._asked: dict[int, tuple[str, int, str, int, float]] = {}
         self._numbers = 0
         self.engine_settings = EngineSettings()
@@ -216,6 +221,8 @@ class Watcher:
         job = self.jobs.pop(name, None)
         for r in job.ranks.values() if job is not None else ():
             r.ring.close()
+        if job is not None and job.recorder is not None:
+            job.recorder.close(0.2)
 
     # --- looking ------------------------------------------------------------------------------------------------------------
 
@@ -237,10 +244,14 @@ class Watcher:
             if (known := r.ring.word("groups")) != r.told_groups:
                 r.told_groups = known
                 infos.append(self._info(job, r))
-        if steps or pulses or infos or job.probed or job.stacks:
-            self._send(job, ranks=infos, steps=steps, pulses=pulses)
+        feels, job.health = job.health, None
+        if steps or pulses or infos or job.probed or job.stacks or feels:
+            self._send(job, ranks=infos, steps=steps, pulses=pulses, health=feels)
         if job.engine is not None and self._coordinates(job):
-            self._conclude(job, job.engine.tick(now_s, time.time()))
+            wall_s = time.time()
+            if job.recorder is not None:
+                job.recorder.write(now_s, wall_s)
+            self._conclude(job, job.engine.tick(now_s, wall_s))
 
     def _drain(self, job: Job, r: Rank) -> list[report.StepSummary]:
         """New steps of a rank, and of the node's others that waited for it."""
@@ -283,7 +294,7 @@ class Watcher:
             r.head, r.moved_s = head, now_s
         idle_ms = int((now_s - r.moved_s) * 1000)
         state, where = "R", ""
-        if ring.word("done"):
+        if ring.word("done") or (r.gone and r.ending):
             state = "closed"
         elif r.gone:
             state = "dead"
@@ -350,7 +361,11 @@ class Watcher:
             job.engine = Engine(job.name, max(job.attempt, job.run), job.world_size, self._nodes_of(job), self._settings(job), past=job.past)
             for r in job.ranks.values():
                 r.told_groups = -1
-        self._conclude(job, job.engine.receive(told, time.monotonic(), time.time()))
+            self._record(job)
+        now_s, wall_s = time.monotonic(), time.time()
+        if job.recorder is not None:
+            job.recorder.write(now_s, wall_s, report=told)
+        self._conclude(job, job.engine.receive(told, now_s, wall_s))
 
     def _settings(self, job: Job) -> EngineSettings:
         return replace(self.engine_settings, policy=job.policy or self.engine_settings.policy)
@@ -371,6 +386,20 @@ class Watcher:
         except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, OverflowError) as e:
             self.counts["reports that were none"] += 1
             log.debug("a report of job %s: %s", m.job, e)
+
+    def _record(self, job: Job) -> None:
+        if self._recorder is None or job.engine is None:
+            return
+        if job.recorder is not None:
+            job.recorder.close(0.2)
+        header = recorded.Header(
+            job=job.name, attempt=max(job.attempt, job.run), world_size=job.world_size, nodes=self._nodes_of(job), began_s=time.time(),
+            settings={"policy": self._settings(job).policy},
+        )  # fmt: skip
+        try:
+            job.recorder = self._recorder(header)
+        except CkptdError as e:
+            log.warning("job %s is not recorded: %s", job.name, e)
 
     # --- what is concluded --------------------------------------------------------------------------------------------------
 
@@ -414,9 +443,11 @@ class Watcher:
                 if client.role == "keeper" and client.job == name:
                     client.channel.send(act)
         if job.engine is not None:
+            if job.recorder is not None:
+                job.recorder.write(time.monotonic(), time.time(), acted=(verdict.id % IDS, verdict.recommended))
             job.engine.acted(verdict.id % IDS, verdict.recommended)
 
-    def notice(self, client: Client, m: wire.ProbeDone | wire.StacksDone | wire.Acted) -> None:
+    def notice(self, client: Client, m: wire.ProbeDone | wire.StacksDone | wire.Acted | wire.Ending) -> None:
         """A tap answers, or a launcher says what it did."""
         match m:
             case wire.ProbeDone():
@@ -425,6 +456,9 @@ class Watcher:
                 self._stacked(client, m)
             case wire.Acted() if client.role == "keeper":
                 self._acted(client, m)
+            case wire.Ending() if client.role == "keeper" and client.job in self.jobs:
+                for r in self.jobs[client.job].ranks.values():
+                    r.ending = not r.gone
 
     def _acted(self, client: Client, m: wire.Acted) -> None:
         job = self.jobs.get(client.job)
@@ -511,13 +545,37 @@ class Watcher:
             rate = await probing.transfer(self._daemon.peers, job.name, ask.other)
         job.probed.append(report.Probed(ask.id, "transfer", here, rate, other=ask.other))
 
+    def feels(self, found: report.Health) -> None:
+        """The node's health, for all its jobs."""
+        for job in self.jobs.values():
+            if any(not r.gone for r in job.ranks.values()):
+                job.health = msgspec.structs.replace(found, node=self._node_of(job))
+
     # --- faces --------------------------------------------------------------------------------------------------------------
 
     def found(self, name: str, finding: report.Finding) -> None:
         """Somebody else of the daemon saw something (replicas that differ)."""
         job = self.jobs.get(name)
         if job is not None and job.engine is not None:
+            if job.recorder is not None:
+                job.recorder.write(time.monotonic(), time.time(), finding=finding)
             self._conclude(job, job.engine.found(finding))
+
+    def record_with(self, make: Callable[[recorded.Header], recorded.Writer]) -> None:
+        """Record what engines are told from now on."""
+        self._recorder = make
+
+    def windows(self, name: str | None, seconds: float) -> dict[str, Any]:
+        """For a trace: the newest records of this node's ranks, copied. `name`: of one job, or of all."""
+        since_ns = time.monotonic_ns() - int(seconds * 1e9)
+        ranks = []
+        for job in self.jobs.values():
+            for r in job.ranks.values() if name in {None, job.name} else ():
+                window = r.ring.read(max(0, r.ring.word("head") - r.ring.capacity))
+                kept = window.records[window.records["entered_ns"] >= since_ns]
+                ranks.append({"job": job.name, "rank": r.rank, "pid": r.pid, "records": kept, "groups": r.ring.groups()})
+        verdicts = [v for job in self.jobs.values() if name in {None, job.name} for v in job.verdicts.values()]
+        return {"ranks": ranks, "verdicts": verdicts, "since_ns": since_ns, "now_ns": time.monotonic_ns(), "now_s": time.time()}
 
     def status(self, name: str) -> dict[str, Any] | None:
         """Of one job, as plain values."""

@@ -343,6 +343,10 @@ class Act(Message, frozen=True, kw_only=True):
     why: Text
 
 
+class Ending(Message, frozen=True, kw_only=True):
+    """From a keeper: the job's workers of this node are ended on purpose (a restart, nodes that come or go): their deaths are no faults."""
+
+
 class Acted(Message, frozen=True, kw_only=True):
     """From a keeper: what it did, or why not (`done` false)."""
 
@@ -488,11 +492,11 @@ class Blocks(Message, frozen=True, kw_only=True):
 LOCAL = (
     Hello | Welcome | Join | Granted | Open | Opened | Ensure | Enter | Entered | Gathered | Regroup | Closed | Forget | Status | Report | Shutdown | Done | Refused
     | Filled | Skipped | Persist | Chose | RestoreFailed | HandBack | Kept | Dropped | Reached
-    | Watch | Watched | ProbeAsked | ProbeDone | StacksAsked | StacksDone | Act | Acted
+    | Watch | Watched | ProbeAsked | ProbeDone | StacksAsked | StacksDone | Act | Acted | Ending
 )  # fmt: skip
 TO_DAEMON = (
     Hello | Join | Open | Ensure | Enter | Forget | Status | Shutdown | Filled | Skipped | Persist | Chose | RestoreFailed | HandBack | Closed
-    | Watch | ProbeDone | StacksDone | Acted
+    | Watch | ProbeDone | StacksDone | Acted | Ending
 )
 """What a daemon takes from a client: none of it is long, and what it says itself is not decoded again."""
 REMOTE = Knock | Prove | PeerHello | PeerNews | PeerBeat | PeerWatch | PeerAsk | PeerVerdict | Describe | Described | List | Listed | Fetch | Blocks | Refused
