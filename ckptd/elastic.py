@@ -24,6 +24,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import msgspec
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed re-exports them, but not for type checkers
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
@@ -69,7 +70,7 @@ class Handler(RendezvousHandler):
         self.roster = Roster(0, ())
         self.position = -1
         self._regroup = ""
-        self._closed = False
+        self._closed = self._left = False
         self._id = 0
 
     def get_backend(self) -> str:
@@ -94,9 +95,26 @@ class Handler(RendezvousHandler):
                 self._pipe.flush()
 
     def shutdown(self) -> bool:
-        """The launcher ends: so does the job."""
-        self.set_closed()
+        """The launcher ends: so does the job, unless this node left it."""
+        if not self._left:
+            self.set_closed()
         return True
+
+    @property
+    def nodes_min(self) -> int:
+        """With fewer nodes the job does not run."""
+        return self._wish.nodes_min
+
+    def resize(self, workers: int) -> None:
+        """From the next rendezvous on this node has so many workers."""
+        self._wish = msgspec.structs.replace(self._wish, workers=workers)
+
+    def leave(self) -> None:
+        """This node's part is over, the others' is not: they meet without it. Its daemon stays, and votes."""
+        self._left = True
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
 
     def num_nodes_waiting(self) -> int:
         """Whether to stop the workers and come to the next rendezvous."""

@@ -2,9 +2,10 @@
 
 What torchrun does not do, this does: it sees to a daemon and holds copies of every arena, so that a daemon that dies gets its memory back; it
 keeps standbys, so that a restart does not wait for imports; it sets TORCH_DISABLE_SHARE_RDZV_TCP_STORE (without it gloo reads the dead
-generation's addresses: pytorch#135712); it stops a job that dies again and again without a new snapshot in between.
+generation's addresses: pytorch#135712); it stops a job that dies again and again without a new snapshot in between; it does what the job's
+coordinator says of a rank that hangs or is slow (acts.py): restarts the workers, or goes on without some of them.
 
-Parts: `Keeper` (a thread: the daemon and the arenas), `Standbys` (processes), `Agent` (the subclass that marks times and asks the two).
+Parts: `Keeper` (a thread: the daemon, the arenas, what it is told to do), `Standbys` (processes), `Agent` (the subclass that marks times and asks the two).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -24,18 +26,19 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
+import torch
 import torch.distributed.elastic.multiprocessing.api as elastic_processes
-from torch.distributed.elastic.agent.server.api import Worker, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError, rendezvous_handler_registry
 from torch.distributed.launcher import api as launcher_api
 
-from ckptd import elastic, plugin, spawn
+from ckptd import acts, elastic, plugin, spawn
 from ckptd.channel import Pipe, connect, socket_path
 from ckptd.core import wire
 from ckptd.errors import BadArgument, CkptdError, DaemonUnreachable
@@ -47,6 +50,8 @@ log = logging.getLogger("ckptd.launch")
 PING_S = 2.0
 PERSIST_WAIT_S = 1800.0
 """A finished job waits this long for its last checkpoint: half an hour is 1 TB per node at 0.6 GB/s."""
+ACTS_MAX = 64
+"""Waiting to be judged: the agent looks many times a second, except in a rendezvous."""
 HUNG_S = 20.0
 """A daemon of ours that answers nothing for this long is killed and replaced; its memory is ours too."""
 FOREIGN_DAEMON_S = 5.0
@@ -54,7 +59,21 @@ FOREIGN_DAEMON_S = 5.0
 REFILL_S = 3.0
 """Standbys are made this long after workers started: not while those come up."""
 BARREN_RESTARTS_MAX = 3
-"""Restarts in a row without a newly committed snapshot, after which the job is given up: it will not get better."""
+"""Restarts in a row without a newly committed snapshot, after which the job is given up: it will not get better. Those that a verdict asked for count here,
+and not as --max-restarts: a healthy job may be restarted for good reasons as often as it makes steps in between."""
+ACT_STOP_S = 3
+"""Workers that are to end by a verdict: one that hangs does not answer SIGTERM."""
+
+
+class Evicted(Exception):
+    """This node's workers were evicted, all of them: the launcher ends."""
+
+
+class Ordered(NamedTuple):
+    """An Act, and when it came (monotonic)."""
+
+    act: wire.Act
+    came_s: float
 
 
 class Keeper:
@@ -71,9 +90,15 @@ class Keeper:
         self._closing = threading.Event()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="ckptd-keeper", daemon=True)
+        self._acted: deque[wire.Acted] = deque()
+        self.acts: deque[Ordered] = deque(maxlen=ACTS_MAX)
+        """What the agent is to judge."""
         self.replaced = 0
+        self.attempt = 0
         self.committed: Any = None
         """Newest committed (attempt, step), as the daemon said last."""
+        self.spared = 0
+        """How many nodes may be lost, and some snapshot is left: acts.View."""
 
     def start(self, timeout_s: float = 20.0) -> None:
         """Have a daemon; raises DaemonUnreachable."""
@@ -163,11 +188,14 @@ class Keeper:
             pipe.put(wire.HandBack(), fd)
         heard_s = asked_s = time.monotonic()
         while not self._closing.is_set():
+            while self._acted:
+                pipe.put(self._acted.popleft())
             pipe.flush()
             poller = select.poll()
             poller.register(pipe.sock, select.POLLIN | (select.POLLOUT if pipe.wants_write else 0))
             poller.register(self._wake, select.POLLIN)
             poller.poll(500)
+            self._drain()
             for message in pipe.read():
                 heard_s = time.monotonic()
                 self._take(pipe, message)
@@ -193,17 +221,33 @@ class Keeper:
                 held = self._arenas.pop(message.arena, None)
                 if held is not None:
                     os.close(held)
+            case wire.Act():
+                self.acts.append(Ordered(message, time.monotonic()))
             case wire.Report():
-                job = message.status["jobs"].get(self._job)
-                self.committed = job["committed"] if job else None
+                self._know(message)
 
-    def committed_now(self) -> Any:
-        """The newest committed (attempt, step); what was heard last if the daemon does not answer."""
+    def _drain(self) -> None:
+        """Whoever woke us is heard."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+
+    def _know(self, report: wire.Report) -> None:
+        job = report.status["jobs"].get(self._job) or {}
+        self.attempt, self.committed = job.get("attempt", 0), job.get("committed")
+        parity = (job.get("group") or {}).get("parity", 0)
+        self.spared = acts.ANY if job.get("persisted") else parity if job.get("protected") else 0
+
+    def look(self) -> None:
+        """Have `attempt`, `committed` and `spared` as they are now; what was heard last stays if the daemon does not answer."""
         with contextlib.suppress(CkptdError, OSError, EOFError):
-            report = _ask(self._path, wire.Status(id=2))
-            job = report.status["jobs"].get(self._job)
-            self.committed = job["committed"] if job else None
-        return self.committed
+            self._know(_ask(self._path, wire.Status(id=2)))
+
+    def answer(self, acted: wire.Acted) -> None:
+        """Any thread: tell the daemon what became of an Act."""
+        log.warning("verdict %d: %s%s", acted.verdict, "" if acted.done else "refused: ", acted.what)
+        self._acted.append(acted)
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._wake, 1)
 
 
 def _ask(path: Path, request: wire.Request, timeout_s: float = 5.0) -> Any:
@@ -279,18 +323,37 @@ class _Handler(SubprocessHandler):
                 return process
         return super()._popen(args, env)
 
+    def close(self, death_sig: signal.Signals | None = None) -> None:
+        """A worker that is stopped (SIGSTOP, a debugger) hears of its end only when it goes on."""
+        super().close(death_sig)
+        with contextlib.suppress(OSError):
+            os.killpg(self.proc.pid, signal.SIGCONT)
+
 
 class Agent(LocalElasticAgent):
     """torch elastic's agent, with marks, standbys and an end to hopeless restarts."""
 
     keeper: Keeper
     standbys: Standbys
+    policy = "report"
     _barren = 0
     _committed_before: Any = None
+    _floor = 0
+    _started_s = 0.0
+    _follows: tuple[float, wire.Act] | None = None
+    """Until when other nodes are waited for, that an eviction concerns."""
+
+    def __init__(self, spec: WorkerSpec, *args: Any, **more: Any) -> None:
+        super().__init__(spec, *args, **more)
+        self._workers_max = spec.local_world_size
+        self._slots = tuple(range(spec.local_world_size))
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        mark("workers starting")
+        mark("workers starting", slots=self._slots)
+        self.keeper.look()  # no worker of an attempt that is known by now lives
+        self._floor, self._follows = self.keeper.attempt, None
         pids: dict[int, Any] = super()._start_workers(worker_group)
+        self._started_s = time.monotonic()
         mark("workers started", pids={str(k): v for k, v in pids.items()})
         self._refill = threading.Timer(REFILL_S, self.standbys.fill)
         self._refill.daemon = True
@@ -298,10 +361,15 @@ class Agent(LocalElasticAgent):
         return pids
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        if self.keeper.acts or self._follows is not None:  # other nodes began with what a verdict asks for: here too somebody may hang
+            self._end_workers()
         super()._stop_workers(worker_group)
         mark("workers stopped")
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> Any:
+        ordered = self._ordered(worker_group)
+        if ordered is not None:
+            return ordered
         began = time.time()
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
@@ -324,13 +392,88 @@ class Agent(LocalElasticAgent):
             mark("membership changed")
             super()._restart_workers(worker_group)
             return
-        committed = self.keeper.committed_now()
+        self.keeper.look()
+        committed = self.keeper.committed
         self._barren = self._barren + 1 if committed == self._committed_before else 0
         self._committed_before = committed
         if self._barren >= BARREN_RESTARTS_MAX:
             log.error("%d restarts in a row without a new snapshot (the newest is %s): giving the job up", self._barren, committed)
             self._remaining_restarts = 0
         super()._restart_workers(worker_group)
+
+    # --- verdicts ---------------------------------------------------------------------------------------------------------------
+
+    def _ordered(self, worker_group: WorkerGroup) -> RunResult | None:
+        """What torch's agent is to be told of its workers, if a verdict ended them."""
+        while self.keeper.acts:
+            act, came_s = self.keeper.acts.popleft()
+            if came_s < self._started_s:
+                self.keeper.answer(wire.Acted(verdict=act.verdict, done=False, what="it came before these workers were started"))
+                continue
+            if act.action == "evict":
+                self.keeper.look()
+            decision = acts.decide(act, self._view(worker_group))
+            if decision.kind in {acts.NOTHING, acts.FOLLOW}:
+                self._follows = (time.monotonic() + acts.FOLLOW_S, act) if decision.kind == acts.FOLLOW else self._follows
+                self.keeper.answer(wire.Acted(verdict=act.verdict, done=decision.done, what=decision.what))
+                continue
+            return self._carry_out(act, decision, worker_group)
+        if self._follows is not None and time.monotonic() > self._follows[0]:
+            act = self._follows[1]
+            return self._carry_out(act, acts.Decision(acts.RESTART, done=True, what="the nodes concerned did not begin: this one does", slots=self._slots), worker_group)
+        return None
+
+    def _view(self, worker_group: WorkerGroup) -> acts.View:
+        handler = worker_group.spec.rdzv_handler
+        common: Any = {"policy": self.policy, "floor": self._floor, "slots": self._slots, "spared": self.keeper.spared}
+        if isinstance(handler, elastic.Handler):
+            counts = tuple(m.workers for m in handler.roster.members)
+            return acts.View(counts=counts, mine=handler.position, nodes_min=handler.nodes_min, **common)
+        first, world = (worker_group.workers[0].global_rank, worker_group.workers[0].world_size) if worker_group.workers else (0, 0)
+        here = len(worker_group.workers)  # other nodes' shares are not known: two that stand for all before and after
+        return acts.View(counts=(first, here, world - first - here), mine=1, may_leave=False, **common)
+
+    def _carry_out(self, act: wire.Act, decision: acts.Decision, worker_group: WorkerGroup) -> RunResult:
+        """End the workers at once; torch's agent starts them as after a failure, which this is not counted as. Raises Evicted."""
+        log.warning("verdict %d, %s: %s of the workers of attempt %d", act.verdict, act.why, decision.kind, act.attempt)
+        mark("acting", verdict=act.verdict, action=decision.kind, evicted=decision.evicted)
+        self._end_workers()
+        self.keeper.answer(wire.Acted(verdict=act.verdict, done=decision.done, what=decision.what))
+        handler = worker_group.spec.rdzv_handler
+        if decision.kind == acts.LEAVE and isinstance(handler, elastic.Handler):
+            handler.leave()
+            raise Evicted(act.why)
+        self._resize(decision.slots, worker_group)
+        self._remaining_restarts += 1
+        return RunResult(state=WorkerState.UNHEALTHY)
+
+    def _end_workers(self) -> None:
+        """At once: SIGTERM, and SIGKILL soon."""
+        if self._pcontext is not None:
+            self._pcontext.close(signal.SIGTERM, ACT_STOP_S)
+        mark("workers ended")
+
+    def _resize(self, slots: tuple[int, ...], worker_group: WorkerGroup) -> None:
+        """These slots are left, in the next rendezvous."""
+        if len(slots) == len(self._slots):
+            return
+        self._slots = slots
+        worker_group.spec.local_world_size = len(slots)
+        self.standbys.count = min(self.standbys.count, len(slots))
+        if isinstance(worker_group.spec.rdzv_handler, elastic.Handler):
+            worker_group.spec.rdzv_handler.resize(len(slots))
+
+    def _set_local_rank_env(self, worker_env: dict[str, Any], local_rank: int, spec: WorkerSpec) -> None:
+        """Local ranks stay dense; CKPTD_SLOT is the place on the node that a worker has had from the beginning, and its device goes with that."""
+        slot = self._slots[local_rank]
+        super()._set_local_rank_env(worker_env, slot if spec.virtual_local_rank else local_rank, spec)
+        worker_env["CKPTD_SLOT"] = str(slot)
+        evicted = [s for s in range(self._workers_max) if s not in self._slots]
+        if evicted and not spec.virtual_local_rank:
+            given = os.environ.get("CUDA_VISIBLE_DEVICES")
+            devices = acts.visible_devices(given, torch.cuda.device_count() if given is None else 0, self._workers_max, evicted)
+            if devices is not None:
+                worker_env["CUDA_VISIBLE_DEVICES"] = devices
 
 
 def run(args: argparse.Namespace) -> int:
@@ -345,14 +488,14 @@ def run(args: argparse.Namespace) -> int:
         config.rdzv_configs |= {"workers": config.nproc_per_node, "secret_file": args.secret_file}
     settings = {
         "CKPTD_JOB": job, "CKPTD_STORE": absolute(args.store), "CKPTD_PERSIST_EVERY": args.persist_every, "CKPTD_SLOTS": args.slots,
-        "CKPTD_PARITY": "" if args.parity is None else str(args.parity), "CKPTD_GROUP_SIZE": args.group_size or "", "CKPTD_KEPT": "1", "CKPTD_DIR": args.dir, "CKPTD_PRELOAD": ",".join(args.preload),
+        "CKPTD_PARITY": "" if args.parity is None else str(args.parity), "CKPTD_GROUP_SIZE": args.group_size or "", "CKPTD_KEPT": "1", "CKPTD_ON_FAULT": _policy(args.on_fault), "CKPTD_DIR": args.dir, "CKPTD_PRELOAD": ",".join(args.preload),
     }  # fmt: skip
     os.environ.update({k: str(v) for k, v in settings.items() if v})
     rendezvous_handler_registry.register(elastic.BACKEND, plugin.handler)
     keeper = Keeper(job, args.dir, args.linger_s, options)
     keeper.start()
     standbys = Standbys(config.nproc_per_node if args.standby is None else args.standby)
-    Agent.keeper, Agent.standbys, _Handler.standbys = keeper, standbys, standbys
+    Agent.keeper, Agent.standbys, Agent.policy, _Handler.standbys = keeper, standbys, args.on_fault, standbys
     # Two names that torch elastic looks up at call time, in this process only: its agent class, and how it starts a process.
     vars(launcher_api)["LocalElasticAgent"] = Agent
     vars(elastic_processes)["get_subprocess_handler"] = _Handler
@@ -363,6 +506,9 @@ def run(args: argparse.Namespace) -> int:
     except ChildFailedError as e:
         log.error("%s", e)  # noqa: TRY400  the traceback is the worker's, and is in the message
         return _status_of(e)
+    except Evicted as e:
+        log.warning("this node has left job %s (%s). Its memory is kept for %.0f s; to have it back in the job, start the same command here again", job, e, args.linger_s)
+        return 0
     except elastic_processes.SignalException as e:
         return 128 + int(e.sigval)
     except RendezvousClosedError:
@@ -374,6 +520,14 @@ def run(args: argparse.Namespace) -> int:
         standbys.close()
         keeper.stop(forget=finished and not args.keep)
     return 0
+
+
+def _policy(asked: str) -> str:
+    """Raises BadArgument; argparse does not look at defaults, and this one may come from the environment."""
+    if asked not in acts.POLICIES:
+        msg = f"--on-fault {asked}"
+        raise BadArgument(msg, remedy=f"one of {', '.join(acts.POLICIES)}")
+    return asked
 
 
 def _job_name(args: argparse.Namespace) -> str:
@@ -448,6 +602,13 @@ def parser() -> argparse.ArgumentParser:
     ours.add_argument("--group-size", type=int, metavar="N", help="nodes that protect each other (default 8)")
     ours.add_argument("--secret-file", default=os.environ.get("CKPTD_SECRET_FILE"), metavar="FILE", help="the job's secret, the same on all nodes (0600): needed where nodes meet off loopback")
     ours.add_argument("--insecure-peers", action="store_true", help="allow --peer-host off loopback: peers are authenticated, but nothing is encrypted")
+    ours.add_argument(
+        "--on-fault", default=os.environ.get("CKPTD_ON_FAULT") or "report", metavar="WHAT",
+        help="what may follow where a rank is seen to hang, to be slow or to be broken. report: nothing but words (default); snapshot: keep the newest snapshot, and persist it where there is a --store;"
+        " restart: also end all workers and go on from the last step (not counted as one of --max-restarts; after 3 in a row without a new snapshot the job is given up);"
+        " evict: also leave out ranks that were confirmed to be bad, and go on with the others, resharded from memory. An evicted worker's slot (CKPTD_SLOT, and its GPU) stays empty until this"
+        " launcher is started anew; a node that loses all its workers leaves the job with status 0, and comes back when it is started again (also CKPTD_ON_FAULT)",
+    )  # fmt: skip
     ours.add_argument("--keep", action="store_true", help="keep the job's snapshots in memory after it has finished")
     ours.add_argument("--standby", type=int, metavar="N", help="processes that have imported torch, waiting to replace workers (default: one per worker; 0: none)")
     ours.add_argument("--preload", action="append", default=[], metavar="MODULE", help="import this in standbys too (may be repeated)")
