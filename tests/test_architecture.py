@@ -31,7 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "arena",
         "storage",
         "monitor",
-        "acts channel notify trace transport peers probing members persist held protect elastic plugin autoload capture state binding meeting rounds link spawn restore wanted tapline probing acts",
+        "acts channel notify trace transport peers probing members persist held protect elastic plugin autoload capture state binding meeting rounds link spawn restore wanted tapline",
         "session launch standby",
         "formats",
         "reading windows target",
