@@ -358,13 +358,10 @@ def _all_entered(standing: Standing, rows: Mapping[int, Mapping[int, OpenOp]]) -
             continue
         row = by_rank[stuck[0]]
         stopped = [r for r in stuck if standing.pulses[r].state in STOPPED | GONE | {"D"}]
-        kind, cause, ranks = "comm-hang", "all entered it, and nobody has left it", ()
-        if stopped:
-            kind, cause = _why(standing.pulses[stopped[0]], busy=False)
-            ranks = tuple(stopped)
+        kind, cause = _why(standing.pulses[stopped[0]], busy=False) if stopped else ("comm-hang", "all entered it, and nobody has left it")
         return [
             Finding(
-                kind=kind, ranks=ranks, step=standing.step, since_step=standing.step, strength=0.8, cause=cause, group=key, op=name_of(row.op),
+                kind=kind, ranks=tuple(stopped), step=standing.step, since_step=standing.step, strength=0.8, cause=cause, group=key, op=name_of(row.op),
                 seq=row.entered, victims=tuple(stuck)[:VICTIMS_MAX],
             )
         ]  # fmt: skip
@@ -384,6 +381,24 @@ def _open_pairs(standing: Standing, rows: Mapping[int, Mapping[int, OpenOp]]) ->
                 )
             ]  # fmt: skip
     return []
+
+
+def overdue(f: Finding, standing: Standing, patience: Patience) -> bool:
+    """Whether the pause that a finding explains is longer than the job's own. What cannot be otherwise, a death or different signatures, is so at once."""
+    s = patience.settings
+    if f.kind in ("crash", "desync"):
+        return True
+    rows = [row for v in f.victims if v in standing.pulses for row in standing.pulses[v].groups]
+    waited_ms = max([row.since_ms for row in rows if row.entered > row.done] + [row.p2p_since_ms for row in rows if row.p2p_open], default=0)
+    concerned = [standing.pulses[r] for r in (f.ranks or f.victims) if r in standing.pulses]
+    idle_ms = min((p.idle_ms for p in concerned), default=0)
+    if f.kind == "deadlock":
+        return idle_ms >= 1e3 * s.hang_s
+    if f.kind == "undecided":
+        everybody_ms = min((p.idle_ms for p in standing.pulses.values()), default=0)
+        return everybody_ms >= 1e3 * max(s.hang_s, s.hang_factor * patience.pause_s())
+    budget_ms = 1e3 * max((patience.budget_s(p, busy=p.rank in standing.busy) for p in concerned), default=s.start_s)
+    return waited_ms >= budget_ms and (idle_ms >= budget_ms or waited_ms >= 5 * budget_ms)
 
 
 # --- patience ---------------------------------------------------------------------------------------------------------------

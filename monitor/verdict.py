@@ -168,6 +168,14 @@ class Verdicts:
             entry.state = "confirmed"
         return self._told([entry], now_s, wall_s)
 
+    def agreed(self, key: Key, probes: Sequence[Probed], now_s: float, wall_s: float) -> list[Verdict]:
+        """Probes that found the place are probes that agree."""
+        entry = self.open.get(key)
+        if entry is None:
+            return []
+        entry.probes, entry.agrees, entry.state = tuple(probes)[-64:], True, "confirmed"
+        return self._told([entry], now_s, wall_s)
+
     def evidence(self, verdict_id: int, items: Sequence[Evidence], now_s: float, wall_s: float) -> list[Verdict]:
         """More evidence for a verdict: stacks, a node's health."""
         entry = next((e for e in self.open.values() if e.id == verdict_id), None)
@@ -239,7 +247,8 @@ class Verdicts:
         if f.kind in ("crash", "stopped"):
             return "evict"
         lasted_s = self._now_s - entry.since_now_s
-        grave = f.kind in HARDWARE and f.slowdown >= s.evict_slow and bool(entry.agrees) and lasted_s >= s.evict_after_s
+        least = s.evict_slow * (0.6 if entry.told is not None and entry.told.grade == "evict" else 1.0)  # not to and fro about the bound
+        grave = f.kind in HARDWARE and f.slowdown >= least and bool(entry.agrees) and lasted_s >= s.evict_after_s
         return "evict" if grave else "report"
 
     _now_s: float = 0.0

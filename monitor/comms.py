@@ -1,0 +1,223 @@
+"""Whose transfers are slow: by group from the steps, by node and link from probes of pairs. Pure.
+
+    transfer of a group and step (least time inside) --over its own baseline, ranks flat--> comm-slow --probes of pairs--> send-slow   a row of the matrix
+                                                                                                                  receive-slow  a column
+                                                                                                                  link-slow     a cell
+                                                                                                                  node          row and column
+
+The matrix D[from][to] is seconds per byte (1 / rate). A cell is hot if it is 1.5 times its own baseline where the node has one, else the 25th percentile of all: half of
+the cells are hot where both directions of one node of four are slow, so a median would not do. Up to PAIRS_ALL nodes every pair is measured, in rounds of disjoint
+pairs (each node sends to one and receives from one); beyond, each node to a few others.
+
+Sources: C4D (monitoring.md 2.1), measured in 3(c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptd.monitor.join import Joined
+from ckptd.monitor.report import Evidence, Finding, Probed
+from ckptd.monitor.settings import Settings
+
+Array = np.ndarray[Any, Any]
+
+KEPT = 32
+WINDOW = 10
+HITS = 8
+PAIRS_ALL = 8
+OFFSETS = (1, 2, 5, -1)
+MOST = 0.75
+"""Of a row's or column's cells: so many hot ones make the whole hot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """Groups whose transfers are slow, and what that costs of a step."""
+
+    finding: Finding
+    groups: tuple[int, ...]
+
+
+class Transfers:
+    """Baselines and windows of all groups of an attempt."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.over = np.zeros((KEPT, 0))
+        """Microseconds over the baseline, by step and group."""
+        self.hits = np.zeros((KEPT, 0), bool)
+        self.base = np.zeros(0)
+        self.base_bytes = np.zeros(0)
+        self.spread = np.zeros(0)
+        self.n = np.zeros(0)
+        self.steps = np.zeros(KEPT, np.int64)
+        self.count = 0
+        self.wall_us = 0.0
+        self._early: list[tuple[Array, Array]] = []
+        self.hot = np.zeros(0, bool)
+
+    def add(self, j: Joined, wall_us: float) -> None:
+        """A step that is no phase."""
+        self._grow(len(j.transfer))
+        self.wall_us = wall_us
+        t = np.where(j.bytes > 1.02 * self.base_bytes, j.transfer * self.base_bytes / np.maximum(j.bytes, 1.0), j.transfer)
+        k = self.count % KEPT
+        self.steps[k] = j.step
+        if self.count < self.settings.learn_steps:
+            self._early.append((j.transfer, j.bytes))
+            self._first()
+        else:
+            over = np.nan_to_num(t - self.base)
+            bound = np.maximum((self.settings.comm_ratio - 1.0) * self.base, 3.0 * self.spread)
+            self.over[k], self.hits[k] = over, (over > bound) & (self.n > 0)
+            quiet = ~self.hot & ~self.hits[k] & ~np.isnan(t)
+            rate = np.where(quiet, 1.0 / np.minimum(self.n + 1.0, 500.0), 0.0)
+            seen = np.nan_to_num(t)
+            self.base += rate * (seen - self.base)
+            self.base_bytes += rate * (j.bytes - self.base_bytes)
+            self.spread += rate * (1.25 * np.abs(seen - self.base) - self.spread)
+            self.n += ~np.isnan(t)
+        self.count += 1
+
+    def _grow(self, groups: int) -> None:
+        more = groups - len(self.base)
+        if more > 0:
+            self.over = np.pad(self.over, ((0, 0), (0, more)))
+            self.hits = np.pad(self.hits, ((0, 0), (0, more)))
+            self.base, self.base_bytes, self.spread, self.n = (np.pad(a, (0, more)) for a in (self.base, self.base_bytes, self.spread, self.n))
+            self.hot = np.pad(self.hot, (0, more))
+
+    def _first(self) -> None:
+        """Baselines of the steps so far: medians."""
+        size = len(self.base)
+        times = np.array([np.pad(t, (0, size - len(t)), constant_values=np.nan) for t, _ in self._early])
+        nbytes = np.array([np.pad(b, (0, size - len(b))) for _, b in self._early])
+        self.n = np.count_nonzero(~np.isnan(times), axis=0).astype(float)
+        known = self.n > 0
+        self.base, self.spread = np.zeros(size), np.zeros(size)
+        if np.any(known):
+            self.base[known] = np.nanmedian(times[:, known], axis=0)
+            self.spread[known] = 1.4826 * np.nanmedian(np.abs(times[:, known] - self.base[known]), axis=0)
+        self.base_bytes = np.median(nbytes, axis=0)
+        if self.count + 1 >= self.settings.learn_steps:
+            self._early = []
+
+    def look(self, keys: Sequence[int], members: Mapping[int, Sequence[int]]) -> Slow | None:
+        """Groups that were slow in 8 of the last 10 steps, if it costs enough."""
+        n = self.count
+        if n < self.settings.learn_steps + WINDOW or not len(self.base):
+            return None
+        at = np.arange(n - WINDOW, n) % KEPT
+        over = np.median(self.over[at], axis=0)
+        steady = self.hits[at].sum(axis=0) >= HITS
+        cost = over / max(self.wall_us, 1.0)
+        self.hot = steady & (over > 3.0 * self.spread * 1.25 / np.sqrt(WINDOW))
+        if not np.any(self.hot) or float(cost[self.hot].max()) < self.settings.comm_slow:
+            self.hot = np.zeros_like(self.hot) if not np.any(self.hot) else self.hot
+            return None
+        worst = int(np.argmax(np.where(self.hot, cost, -1.0)))
+        hot = tuple(keys[int(g)] for g in np.flatnonzero(self.hot & (cost > 0.25 * cost[worst])))
+        ratio = (self.base[worst] + over[worst]) / max(self.base[worst], 1.0)
+        step, first = int(self.steps[(n - 1) % KEPT]), self._since(worst, float(over[worst]))
+        evidence = (
+            Evidence(signal="transfer of the group", value=round(float(self.base[worst] + over[worst])), unit="us", baseline=round(float(self.base[worst]))),
+            Evidence(signal="groups that are slow", value=" ".join(f"{key:x}" for key in hot[:8])),
+        )
+        victims = tuple(sorted({m for key in hot[:64] for m in members.get(key, ())}))[:64]
+        finding = Finding(
+            kind="comm-slow", ranks=(), step=step, since_step=first, strength=min(1.0, float(ratio) - 1.0), cause=f"transfers take {ratio:.1f} times as long as they did",
+            group=keys[worst], slowdown=float(cost[worst]), victims=victims, evidence=evidence,
+        )  # fmt: skip
+        return Slow(finding, hot)
+
+    def _since(self, group: int, over: float) -> int:
+        back = min(self.count, KEPT)
+        at = np.arange(self.count - back, self.count) % KEPT
+        score = np.cumsum(self.over[at, group][::-1] - over / 2)
+        return int(self.steps[at[back - 1 - int(np.argmax(score))]])
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------------
+
+
+def rounds(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Pairs (from, to) to be measured, in rounds in which every node sends to one and receives from one other at most."""
+    n = len(nodes)
+    if n < 2:
+        return []
+    offsets = range(1, n) if n <= PAIRS_ALL else [d for d in OFFSETS if d % n]
+    return [[(nodes[i], nodes[(i + d) % n]) for i in range(n)] for d in offsets]
+
+
+def suspects(hot: Sequence[int], members: Mapping[int, Sequence[int]], node_of: Array, healthy: Sequence[int]) -> list[int]:
+    """Nodes to be probed: those of slow groups that reach over nodes; first those that no healthy group of the same reach clears."""
+    found: set[int] = set()
+    for key in hot:
+        nodes = {int(node_of[m]) for m in members.get(key, ()) if m < len(node_of)} - {-1}
+        if len(nodes) > 1:
+            found |= nodes
+    cleared: set[int] = set()
+    for key in healthy:
+        nodes = {int(node_of[m]) for m in members.get(key, ()) if m < len(node_of)} - {-1}
+        if len(nodes) > 1 and not nodes >= found:
+            cleared |= nodes
+    return sorted(found - cleared if len(found - cleared) > 1 else found)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the matrix is hot."""
+
+    kind: str
+    nodes: tuple[int, ...]
+    peer: int
+    cause: str
+    evidence: tuple[Evidence, ...]
+
+
+def place(probes: Sequence[Probed], hot: float) -> Place | None:
+    """Rows, columns, cells. None: nothing is hot, or too much was not answered."""
+    cells: dict[tuple[int, int], list[Probed]] = {}
+    for p in probes:
+        if p.kind == "transfer" and p.other >= 0 and p.rank != p.other:
+            cells.setdefault((p.rank, p.other), []).append(p)
+    delay = {pair: 1.0 / max(*(q.rate for q in ps), 1e-3) for pair, ps in cells.items()}
+    if len(delay) < 2:
+        return None
+    reference = float(np.percentile(list(delay.values()), 25.0)) if len(delay) > 2 else min(delay.values())
+    usual = {pair: 1.0 / ps[0].baseline if ps[0].baseline > 0 else reference for pair, ps in cells.items()}
+    over = {pair: d / usual[pair] for pair, d in delay.items()}
+    burning = {pair for pair, x in over.items() if x >= hot}
+    if not burning or (len(burning) > 0.8 * len(over) and len(over) > 2):
+        return None
+    return _shape(burning, over)
+
+
+def _shape(burning: set[tuple[int, int]], over: Mapping[tuple[int, int], float]) -> Place | None:
+    nodes = sorted({n for pair in over for n in pair})
+    rows = [n for n in nodes if _most(n, 0, burning, over)]
+    columns = [n for n in nodes if _most(n, 1, burning, over)]
+    both = [n for n in rows if n in columns]
+    top = sorted(burning, key=lambda p: -over[p])
+    evidence = tuple(Evidence(signal=f"node {a} to node {b}", value=round(over[a, b], 2), unit="times as long") for a, b in top[:6])
+    a, b = top[0]
+    rules = (
+        (bool(both), "send-slow", both[:1], -1, f"node {both[:1]} sends and receives slowly"),
+        (bool(rows) and not columns, "send-slow", rows, -1, f"what node {', '.join(map(str, rows))} sends is slow"),
+        (bool(columns) and not rows, "receive-slow", columns, -1, f"what node {', '.join(map(str, columns))} receives is slow"),
+        (not rows and not columns, "link-slow", [a], b, f"what goes from node {a} to node {b} is slow"),
+    )
+    for holds, kind, found, peer, cause in rules:
+        if holds:
+            return Place(kind, tuple(found), peer, cause, evidence)
+    return None
+
+
+def _most(node: int, end: int, burning: set[tuple[int, int]], over: Mapping[tuple[int, int], float]) -> bool:
+    mine = [p for p in over if p[end] == node]
+    return len(mine) > 1 and sum(p in burning for p in mine) >= MOST * len(mine)

@@ -1,0 +1,245 @@
+"""Summaries of all ranks side by side, by step. Pure; constant memory; time linear in ranks.
+
+    StepSummary (rank, step) ---> Pending (one per step, until all ranks have told it, or nobody waits any longer) ---> Joined, in order of steps
+
+Arrays are over ranks (R) or over groups in the order they were first seen (G). NaN: the rank did not tell this step, or records of it were lost.
+
+A group's *transfer* in a step is the least that any member was inside: what is left when nobody waits for anybody. No two clocks are compared for it.
+
+At the end of a step all members of a group have entered equally many collectives (`seq`), with equal signatures (`history`). A rank whose numbers
+differ entered something else, or skipped something; where its numbers differed from the start its tap began later, and only the change counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ckptd.monitor.report import StepSummary
+
+Array = np.ndarray[Any, Any]
+
+SIGNALS = ("wall", "self", "data", "gc", "checkpoint", "eval", "compile", "optimizer", "delay", "cpu", "device", "lost")
+WALL, SELF, DATA, GC, CHECKPOINT, EVAL, COMPILE, OPTIMIZER, DELAY, CPU, DEVICE, LOST = range(len(SIGNALS))
+PENDING_MAX = 64
+PENDING_CELLS = 4_000_000
+"""Steps that are waited for, in numbers: small jobs with steps of milliseconds may have many."""
+GROUPS_MAX = 1 << 16
+P2P_PART = 0.5
+"""A group with more sends and receives than this has no transfer: a receive waits for its sender."""
+
+
+@dataclass(slots=True)
+class Odd:
+    """At the end of a step these ranks had entered other operations of a group than the majority; `ranks` is empty where there is none. `behind`: fewer."""
+
+    group: int
+    ranks: tuple[int, ...]
+    others: tuple[int, ...]
+    seq: int
+    behind: bool
+
+
+@dataclass(slots=True)
+class Joined:
+    """One step of all ranks. `values`: SIGNALS x R, microseconds. `program`: a small number per distinct program, -1 unknown. `transfer`, `bytes`: G."""
+
+    step: int
+    values: Array
+    present: Array
+    program: Array
+    bad: Array
+    transfer: Array
+    bytes: Array
+    odd: list[Odd]
+    lost: int
+    missing: int
+
+
+@dataclass(slots=True)
+class _Pending:
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    at: list[int] = field(default_factory=list)
+    programs: list[int] = field(default_factory=list)
+    bad: list[tuple[int, int]] = field(default_factory=list)
+    transfer: dict[int, int] = field(default_factory=dict)
+    bytes: dict[int, int] = field(default_factory=dict)
+    places: dict[int, dict[tuple[int, int], list[int]]] = field(default_factory=dict)
+    first_s: float = 0.0
+
+
+class Join:
+    """Of one attempt. `known`: how many ranks tell steps at all (grows as they are first heard of)."""
+
+    WAIT_S = 2.5
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.heard = np.zeros(world_size, bool)
+        self.known = 0
+        self.pending: dict[int, _Pending] = {}
+        self.done = -1
+        """The newest step that was given out."""
+        self.joined, self.late, self.records_lost, self.rank_steps = 0, 0, 0, 0
+        self.groups: dict[int, int] = {}
+        self.keys: list[int] = []
+        self.unlike: dict[tuple[int, int], int] = {}
+        """(group, rank) -> by how much its sequence numbers differ from the start."""
+        self._met: set[int] = set()
+        self._late_run = 0
+        self._programs: dict[int, int] = {0: -1}
+        self._limit = max(PENDING_MAX, PENDING_CELLS // (len(SIGNALS) * max(1, world_size)) // 8)
+
+    def add(self, summaries: Iterable[StepSummary], now_s: float) -> None:
+        """Take what ranks told. A step that was already given out is counted as late."""
+        pending, size = self.pending, self.world_size
+        for s in summaries:
+            rank, step = s.rank, s.step
+            if not 0 <= rank < size:
+                continue
+            if step <= self.done and not self._renumbered(step):
+                self.late += 1
+                continue
+            p = pending.get(step)
+            if p is None:
+                p = pending[step] = _Pending(first_s=now_s)
+            if not self.heard[rank]:
+                self.heard[rank] = True
+                self.known += 1
+            p.at.append(rank)
+            p.rows.append((
+                s.wall_us, s.self_us, s.data_us, s.gc_us, s.checkpoint_us, s.eval_us, s.compile_us, s.optimizer_us, s.delay_us, s.cpu_us, s.device_us, s.lost,
+            ))  # fmt: skip
+            p.programs.append(self._program(s.program))
+            if s.bad:
+                p.bad.append((rank, s.bad))
+            if s.groups:
+                self._groups(p, rank, s)
+
+    def _renumbered(self, step: int) -> bool:
+        """Whether the job numbers its steps anew: nothing but old numbers for long."""
+        self._late_run += 1
+        if self.pending or self._late_run <= 8 * self.world_size:
+            return False
+        self.done, self._late_run = step - 1, 0
+        return True
+
+    def _program(self, program: int) -> int:
+        known = self._programs
+        number = known.get(program)
+        if number is None:
+            if len(known) > 4096:  # every step is another one: they say nothing
+                known.clear()
+                known[0] = -1
+            number = known[program] = len(known) - 1
+        return number
+
+    def _groups(self, p: _Pending, rank: int, s: StepSummary) -> None:
+        transfer, nbytes, places = p.transfer, p.bytes, p.places
+        for g in s.groups:
+            key = g.key
+            by_place = places.get(key)
+            if by_place is None:
+                by_place = places[key] = {}
+                if key not in self.groups and len(self.groups) < GROUPS_MAX:
+                    self.groups[key] = len(self.keys)
+                    self.keys.append(key)
+            by_place.setdefault((g.seq, g.history), []).append(rank)
+            inside = g.least_us or g.inside_us
+            if inside and g.p2p <= P2P_PART * g.ops:
+                if inside < transfer.get(key, 1 << 62):
+                    transfer[key] = inside
+                if g.bytes > nbytes.get(key, 0):
+                    nbytes[key] = g.bytes
+
+    def ready(self, now_s: float) -> list[Joined]:
+        """Steps that all ranks have told, or that were waited for long enough; in order."""
+        out = []
+        while self.pending:
+            step = min(self.pending)
+            p = self.pending[step]
+            whole = len(p.at) >= self.known and self.known == self.world_size
+            if not whole and now_s - p.first_s < self.WAIT_S and len(self.pending) <= self._limit:
+                break
+            del self.pending[step]
+            out.append(self._finish(step, p))
+        return out
+
+    def _finish(self, step: int, p: _Pending) -> Joined:
+        size = self.world_size
+        at = np.array(p.at, np.int64)
+        values = np.full((len(SIGNALS), size), np.nan, np.float32)
+        rows = np.array(p.rows, np.float64).T
+        values[:, at] = rows
+        lost = int(rows[LOST].sum())
+        values[:LOST, at[rows[LOST] > 0]] = np.nan
+        present = np.zeros(size, bool)
+        present[at] = True
+        program = np.full(size, -1, np.int32)
+        program[at] = p.programs
+        bad = np.zeros(size, np.uint8)
+        for rank, bits in p.bad:
+            bad[rank] = bits
+        transfer = np.full(len(self.keys), np.nan)
+        nbytes = np.zeros(len(self.keys))
+        for key, us in p.transfer.items():
+            if (g := self.groups.get(key)) is not None:
+                transfer[g], nbytes[g] = us, p.bytes.get(key, 0)
+        odd = [o for key, by_place in p.places.items() if (o := self._odd(key, by_place)) is not None]
+        self.done, self._late_run = step, 0
+        self.joined += 1
+        self.rank_steps += len(at)
+        self.records_lost += lost
+        return Joined(step, values, present, program, bad, transfer, nbytes, odd, lost, self.known - int(np.count_nonzero(present)))
+
+    def _odd(self, key: int, by_place: Mapping[tuple[int, int], Sequence[int]]) -> Odd | None:
+        first = key not in self._met
+        self._met.add(key)
+        if len(by_place) < 2:
+            return None
+        usual = _majority(by_place)
+        if first:  # before anything was compared: taps that began at different times
+            seq = usual[0] if usual else max(by_place)[0]
+            for (other, history), ranks in by_place.items():
+                if (other, history) != usual:
+                    self.unlike.update({(key, r): other - seq for r in ranks})
+            return None
+        return self._compared(key, by_place)
+
+    def _compared(self, key: int, by_place: Mapping[tuple[int, int], Sequence[int]]) -> Odd | None:
+        seqs: dict[int, list[int]] = {}
+        histories: dict[tuple[int, int], list[int]] = {}
+        for (seq, history), ranks in by_place.items():
+            for r in ranks:
+                shift = self.unlike.get((key, r))
+                seqs.setdefault(seq - (shift or 0), []).append(r)
+                if shift is None:
+                    histories.setdefault((seq, history), []).append(r)
+        if len(seqs) > 1:
+            usual = _majority(seqs)
+            ranks = tuple(sorted(r for seq, rs in seqs.items() if seq != usual for r in rs)) if usual is not None else ()
+            others = tuple(seqs[usual]) if usual is not None else tuple(sorted(r for rs in seqs.values() for r in rs))
+            seq = usual if usual is not None else max(seqs)
+            return Odd(key, ranks, others[:64], seq, behind=usual is not None and any(s < usual for s in seqs))
+        if len(histories) > 1:
+            place = _majority(histories)
+            ranks = tuple(sorted(r for h, rs in histories.items() if h != place for r in rs)) if place is not None else ()
+            others = tuple(histories[place]) if place is not None else tuple(sorted(r for rs in histories.values() for r in rs))
+            return Odd(key, ranks, others[:64], next(iter(histories))[0], behind=False)
+        return None
+
+    def accept(self, odd: Odd) -> None:
+        """A difference that was told once is not told again: from here on only its changes count."""
+        for r in odd.ranks or odd.others:
+            self._met.discard(odd.group)
+            self.unlike.pop((odd.group, r), None)
+
+
+def _majority(by_value: Mapping[Any, Sequence[int]]) -> Any:
+    """The value that more ranks have than any other; None if there is none."""
+    counts = Counter({v: len(ranks) for v, ranks in by_value.items()}).most_common(2)
+    return None if len(counts) > 1 and counts[0][1] == counts[1][1] else counts[0][0]

@@ -1,0 +1,357 @@
+"""Who holds the others up, by how much, and with what. Pure; vectorised over ranks; constant memory.
+
+    values of a step ---> excess over role peers, by part (compute, data, gc, checkpoint, processor) ---> minus what was so from the start ---> windows of 10 to 80 steps
+
+Role peers are ranks whose step is the same sequence of operations (`program`), or else the same groups; a role of fewer than 3 is compared with its own past, and
+with what the whole job did meanwhile. On a device the host's times say little: there the straggler is who stands least in collectives, and the same windows are
+filled with (the others' time in collectives) - (its own).
+
+A rank is found if it exceeds its peers in 8 of the last 10 steps and their median is over max(5 % of a step, 5 standard errors); or if the mean of the last 20, 40 or 80
+steps is over max(2 %, 6.5 standard errors) above its own past. Standard errors are learned from blocks of 10 steps, so that noise with a memory counts as what it
+is; single spikes are clipped. What was so from the start is the job's own unevenness: it is the baseline, and only a probe can call it a fault.
+
+The baseline is the mean of what lies behind: the first half of what was seen, later everything older than 100 steps, never steps in which the rank was suspected.
+
+Sources: monitoring.md 3(b) (rule, role peers, run_delay), 4.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptd.monitor import join
+from ckptd.monitor.join import Joined
+from ckptd.monitor.report import Evidence, Finding
+from ckptd.monitor.settings import Settings
+
+Array = np.ndarray[Any, Any]
+
+PARTS = ("compute", "data", "gc", "checkpoint", "processor")
+COMPUTE, DATA, GC, CHECKPOINT, PROCESSOR = range(len(PARTS))
+KINDS = ("compute-slow", "input-stall", "gc-pause", "checkpoint-stall", "cpu-contention")
+CAUSES = (
+    "computes longer than those that do the same", "waits for its data", "stands in garbage collection", "stands in saving", "waits for a processor",
+)  # fmt: skip
+WINDOWS = (10, 20, 40, 80)
+KEPT = 128
+"""Steps in memory: the longest window, and what the baseline has not taken yet."""
+LAG = 100
+SHARE = 0.5
+"""Of a rank's excess: the part that is its cause."""
+BESIDE = 0.4
+"""A rank whose excess is less than this part of the largest one is not named beside it: disturbed, not disturbing."""
+ROLE_MIN = 3
+CLIP = 0.15
+RUN = 4
+"""Steps in a row that make an episode; EPISODES of them, of one rank, make it intermittent."""
+EPISODES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """A rank that is found, or (`half`) that was and has not recovered."""
+
+    rank: int
+    finding: Finding
+    half: bool
+
+
+class Stragglers:
+    """Of one attempt."""
+
+    def __init__(self, world_size: int, settings: Settings) -> None:
+        r = world_size
+        self.size, self.settings = r, settings
+        self.excess = np.zeros((KEPT, len(PARTS), r), np.float32)
+        """By step, part and rank: microseconds over the peers, baseline taken off."""
+        self.total = np.zeros((KEPT, r), np.float32)
+        self.raw = np.zeros((KEPT, len(PARTS), r), np.float32)
+        """The same, baseline included: what the baseline learns from. Compute: part of the peers' time."""
+        self.good = np.zeros((KEPT, r), bool)
+        self.walls = np.zeros((KEPT, r), np.float32)
+        self.steps = np.zeros(KEPT, np.int64)
+        self.count = 0
+        """Steps in the windows since the beginning."""
+        self.learned = 0
+        self.base = np.zeros((len(PARTS), r))
+        self.base_n = np.zeros(r)
+        self.block_var = np.zeros(r)
+        self.blocks = 0
+        self.step_var = np.zeros(r)
+        self.wall_us = 0.0
+        self.device = False
+        self.flagged = np.zeros(r, bool)
+        self.level = np.zeros(r)
+        """What a rank that was found cost then, as part of a step."""
+        self.since = np.zeros(r, np.int64)
+        self.runs = np.zeros(r, np.int32)
+        self.episodes = np.zeros(r)
+        self.own = np.zeros(r)
+        """Compute of ranks without role peers: their own usual time."""
+        self._walls: list[float] = []
+        self._first: list[Array] = []
+
+    def forget(self) -> None:
+        """Begin anew: the roles are others now."""
+        self.__init__(self.size, self.settings)  # type: ignore[misc]
+
+    # --- taking a step ---
+
+    def add(self, j: Joined, roles: list[Array]) -> None:
+        """A step that is no phase. `roles`: ranks that do the same, each rank in one of them."""
+        v = j.values
+        wall = float(np.nanmedian(v[join.WALL])) if np.any(j.present) else 0.0
+        if not wall > 0.0:
+            return
+        self._walls = [*self._walls, wall][-32:]
+        self.wall_us = float(np.median(self._walls))
+        parts = self._parts(v)
+        raw = self._over_peers(parts, roles, v)
+        self._usual(parts[COMPUTE])
+        k = self.count % KEPT
+        good = j.present & ~np.isnan(raw[COMPUTE])
+        raw = np.nan_to_num(raw)
+        scale = self._scale(parts, roles)
+        self.raw[k] = raw
+        over = raw - self.base
+        over[COMPUTE] *= scale
+        self.excess[k] = np.where(good, over, 0.0)
+        self.total[k] = self.excess[k].sum(axis=0)
+        self.good[k] = good
+        self.steps[k] = j.step
+        self.walls[k] = np.nan_to_num(v[join.WALL])
+        self.count += 1
+        self._learn()
+        self._runs(k)
+
+    def _parts(self, v: Array) -> Array:
+        """PARTS x R, microseconds, of what the host did itself."""
+        named = np.stack([v[join.DATA], v[join.GC], v[join.CHECKPOINT]])
+        rest = v[join.SELF] - named.sum(axis=0) - v[join.EVAL] - v[join.COMPILE]
+        delay = np.minimum(v[join.DELAY], np.maximum(rest, 0.0))
+        compute = np.maximum(rest - delay, 0.0)
+        return np.concatenate([compute[None], named, delay[None]])
+
+    def _usual(self, compute: Array) -> None:
+        """What ranks without peers are compared with."""
+        if self.own.any():
+            return
+        self._first.append(compute)
+        if len(self._first) >= self.settings.learn_steps:
+            self.own = np.nan_to_num(np.median(np.array(self._first), axis=0), nan=0.0)
+            self._first = []
+
+    def _over_peers(self, parts: Array, roles: list[Array], v: Array) -> Array:
+        """Raw excess: of compute as part of the peers' own, of the other parts in microseconds."""
+        raw = np.full_like(parts, np.nan)
+        everybody = np.nanmedian(parts, axis=1, keepdims=True)
+        device = v[join.DEVICE]
+        if self.count < self.settings.learn_steps:
+            self.device = bool(np.nanmedian(device) > 0)
+        common = self._common(parts[COMPUTE])
+        for ranks in roles:
+            mine = parts[:, ranks]
+            alone = len(ranks) < ROLE_MIN
+            center = everybody if alone else np.nanmedian(mine, axis=1, keepdims=True)
+            raw[1:, ranks] = mine[1:] - center[1:]
+            if self.device:
+                continue
+            if alone:
+                raw[COMPUTE, ranks] = mine[COMPUTE] / np.maximum(self.own[ranks] * common, 1.0) - 1.0 if self.own.any() else 0.0 * mine[COMPUTE]
+            else:
+                raw[COMPUTE, ranks] = mine[COMPUTE] / max(float(center[COMPUTE, 0]), 1.0) - 1.0
+        if self.device:
+            raw[COMPUTE] = self._by_device(device, roles) - np.maximum(np.nan_to_num(raw[1:]), 0.0).sum(axis=0)
+        return raw
+
+    def _by_device(self, device: Array, roles: list[Array]) -> Array:
+        """Who stands least in device collectives is late: microseconds less than its peers, as part of a step."""
+        late = np.full(self.size, np.nan, np.float32)
+        everybody = float(np.nanmedian(device))
+        for ranks in roles:
+            center = everybody if len(ranks) < ROLE_MIN else float(np.nanmedian(device[ranks]))
+            late[ranks] = center - device[ranks]
+        return late
+
+    def _common(self, compute: Array) -> float:
+        """How much longer all ranks computed in this step than they usually do."""
+        if not self.own.any():
+            return 1.0
+        return float(np.nanmedian(compute / np.maximum(self.own, 1.0)))
+
+    def _scale(self, parts: Array, roles: list[Array]) -> Array:
+        """Microseconds per unit of raw compute excess."""
+        if self.device:
+            return np.ones(self.size)
+        scale = np.zeros(self.size)
+        common = self._common(parts[COMPUTE])
+        for ranks in roles:
+            scale[ranks] = self.own[ranks] * common if len(ranks) < ROLE_MIN else float(np.nanmedian(parts[COMPUTE, ranks]))
+        return np.nan_to_num(scale)
+
+    # --- learning what is usual ---
+
+    def _learn(self) -> None:
+        """Let the baseline follow, at a distance; and noise, in blocks of 10 steps."""
+        s = self.settings
+        n = self.count
+        if n <= s.learn_steps:
+            self._relearn(n)
+            return
+        until = max(s.learn_steps, n // 2 if n < 2 * LAG else n - LAG)
+        while self.learned < until:
+            k = self.learned % KEPT
+            take = self.good[k] & ~self.flagged
+            weight = np.where(take, 1.0 / np.minimum(self.base_n + 1.0, 1000.0), 0.0)
+            self.base += weight * (self._clipped_raw(k) - self.base)
+            self.base_n += take
+            self.learned += 1
+        if n % 10 == 0:
+            self._noise()
+
+    def _clipped_raw(self, k: int) -> Array:
+        """A step as the baseline sees it: a spike moves it no more than a bound."""
+        unit = 1.0 if not self.device else self.wall_us
+        bound = np.full(len(PARTS), CLIP * self.wall_us)
+        bound[COMPUTE] = CLIP * unit
+        wide = 4.0 * np.sqrt(self.step_var) * self.wall_us
+        limit = np.maximum(bound[:, None], np.where(np.arange(len(PARTS))[:, None] == COMPUTE, wide / (1.0 if self.device else max(self.wall_us, 1.0)), wide))
+        return np.clip(self.raw[k], self.base - limit, self.base + limit)
+
+    def _relearn(self, n: int) -> None:
+        """While there is little: the median of all of it."""
+        rows = self.raw[:n]
+        self.base = np.median(rows, axis=0).astype(float)
+        self.base_n[:] = n
+        self.learned = n
+        over = rows - self.base
+        over[:, COMPUTE] *= 1.0 if self.device else self.wall_us
+        self.excess[:n] = over
+        self.total[:n] = over.sum(axis=1)
+        if n >= 5:
+            spread = 1.4826 * np.median(np.abs(self.total[:n]), axis=0) / max(self.wall_us, 1.0)
+            pooled = float(np.median(spread))
+            self.step_var = np.maximum(spread, pooled) ** 2
+            self.block_var = self.step_var / 10.0
+
+    def _noise(self) -> None:
+        """One more block of 10: its mean's square is one sample of the variance of such means; of steps, their squares."""
+        at = np.arange(self.count - 10, self.count) % KEPT
+        unit = max(self.wall_us, 1.0)
+        wide = np.maximum(CLIP, 4.0 * np.sqrt(self.step_var))
+        rows = np.clip(self.total[at] / unit, -wide, wide)
+        means = rows.mean(axis=0)
+        self.blocks += 1
+        usual = np.abs(means) < 4.0 * np.sqrt(np.maximum(self.block_var, self.step_var / 10.0)) + 1e-9
+        weight = np.where(self.flagged | ~usual, 0.02 * usual, 1.0 / min(self.blocks + 2.0, 50.0))
+        self.block_var += weight * (means**2 - self.block_var)
+        self.step_var += weight * (rows.var(axis=0) - self.step_var)
+
+    def _runs(self, k: int) -> None:
+        """Steps in a row in which a rank was far out: episodes of an intermittent fault."""
+        out = self.total[k] > np.maximum(2.0 * self.settings.slow, 4.0 * np.sqrt(self.step_var)) * self.wall_us
+        ended = ~out & (self.runs >= RUN) & (self.runs < 10 * RUN)
+        self.runs = np.where(out, self.runs + 1, 0).astype(np.int32)
+        self.episodes = self.episodes * (1.0 - 1.0 / 200.0) + ended
+
+    # --- looking ---
+
+    def standard_error(self, n: int) -> Array:
+        """Of the mean of n steps against the baseline, as part of a step."""
+        var = np.maximum(self.step_var, 10.0 * self.block_var)
+        return np.asarray(np.sqrt(var * (1.0 / n + 1.0 / np.maximum(self.base_n, 1.0))))
+
+    def look(self) -> list[Late]:
+        """Ranks that are found now, and ranks that were and have not recovered."""
+        n = self.count
+        if n < self.settings.learn_steps + 8:
+            return []
+        over, window = self._levels(n)
+        found = over >= 1.0
+        mean20 = self._mean(20) / self.wall_us
+        holds = self.flagged & (mean20 >= 0.5 * self.level)
+        found &= self._beside(found | holds)
+        fresh = found & ~self.flagged
+        self.flagged = found | holds
+        if not np.any(self.flagged):
+            return []
+        return [self._late(int(r), int(window[r]), half=not found[r], fresh=bool(fresh[r])) for r in np.flatnonzero(self.flagged)]
+
+    def _levels(self, n: int) -> tuple[Array, Array]:
+        """(largest ratio to its threshold over the windows, which window) of each rank."""
+        s, unit = self.settings, self.wall_us
+        at = np.arange(n - 10, n) % KEPT
+        last = self.total[at] / unit
+        enough = self.good[at].sum(axis=0) >= 8
+        bound = np.maximum(s.slow, s.sigma_short * 1.25 * self.standard_error(10))
+        steady = (last > 0.5 * bound).sum(axis=0) >= 8
+        best = np.where(steady & enough, np.median(last, axis=0) / bound, 0.0)
+        window = np.full(self.size, 10)
+        for w in WINDOWS[1:]:
+            if n < w + self.settings.learn_steps + 5:
+                break
+            mean = self._mean(w) / unit
+            spread = 1.4826 * float(np.median(np.abs(mean - np.median(mean)))) if self.size >= 8 else 0.0
+            limit = np.maximum(np.maximum(s.slow_long, s.sigma_long * self.standard_error(w)), 5.0 * spread)
+            enough = self.good[np.arange(n - w, n) % KEPT].sum(axis=0) >= 0.8 * w
+            ratio = np.where(enough, mean / limit, 0.0)
+            window = np.where(ratio > best, w, window)
+            best = np.maximum(best, ratio)
+        often = np.where(self.episodes >= EPISODES - 0.6, self.episodes / (EPISODES - 0.6), 0.0)
+        lonely = often > 3.0 * np.median(self.episodes) + 0.0
+        best = np.where(lonely & (self.runs >= RUN), np.maximum(best, often), best)
+        return best, window
+
+    def _mean(self, w: int) -> Array:
+        """Mean of the last w steps, spikes clipped."""
+        at = np.arange(self.count - w, self.count) % KEPT
+        wide = np.maximum(CLIP, 4.0 * np.sqrt(self.step_var)) * self.wall_us
+        return np.asarray(np.clip(self.total[at], -wide, wide).mean(axis=0))
+
+    def _beside(self, found: Array) -> Array:
+        """Who is large enough beside the largest."""
+        if not np.any(found):
+            return found
+        mean = self._mean(10)
+        return np.asarray(mean >= BESIDE * float(mean[found].max()))
+
+    def _late(self, rank: int, window: int, *, half: bool, fresh: bool) -> Late:
+        at = np.arange(self.count - window, self.count) % KEPT
+        parts = self.excess[at, :, rank].mean(axis=0)
+        cost = float(np.median(self.total[at, rank]) if window == 10 else self.total[at, rank].mean()) / self.wall_us
+        if fresh:
+            clipped = float(self._mean(10)[rank]) / self.wall_us
+            self.level[rank] = min(cost, clipped) if clipped > 0 else cost
+            self.since[rank] = self._since(rank, cost)
+        positive = np.maximum(parts, 0.0)
+        which = int(np.argmax(positive))
+        evidence = [
+            Evidence(signal="excess over its peers", value=round(cost * self.wall_us), unit="us", baseline=round(self.wall_us)),
+            *[Evidence(signal=f"of it {name}", value=round(float(p)), unit="us") for name, p in zip(PARTS, parts, strict=True) if abs(p) > 0.1 * max(positive.sum(), 1)],
+            Evidence(signal="standard error", value=round(float(self.standard_error(window)[rank]) * self.wall_us), unit="us"),
+            Evidence(signal="steps looked at", value=float(window)),
+        ]
+        step = int(self.steps[(self.count - 1) % KEPT])
+        finding = Finding(
+            kind=KINDS[which], ranks=(rank,), step=step, since_step=int(self.since[rank]), strength=min(1.0, max(cost, 0.0) / self.settings.slow), cause=CAUSES[which],
+            slowdown=max(cost, 0.0), evidence=tuple(evidence),
+        )  # fmt: skip
+        return Late(rank, finding, half)
+
+    def _since(self, rank: int, cost: float) -> int:
+        """The first of the steps that went on without a break until now: where a step lies nearer to what it cost than to nothing."""
+        back = min(self.count, KEPT)
+        at = np.arange(self.count - back, self.count) % KEPT
+        score = np.cumsum(self.total[at, rank][::-1] / self.wall_us - cost / 2)
+        first = int(np.argmax(score))
+        return int(self.steps[at[back - 1 - first]])
+
+    # --- for people ---
+
+    def lateness(self, n: int) -> Array:
+        """n x R: excess as part of a step, of the last n steps, oldest first."""
+        n = min(n, self.count, KEPT)
+        return np.asarray(self.total[np.arange(self.count - n, self.count) % KEPT] / max(self.wall_us, 1.0))

@@ -1,0 +1,242 @@
+r"""Steps that all ranks told, watched: roles, phases, stragglers, transfers, the job's pace, losses. Pure.
+
+    Joined ---> phase? ---> left out (its checkpoints are looked at by themselves)
+            \-> roles ---> Stragglers, Transfers, Pace ---every few steps---> Seen
+
+A *phase* is a step in which a rank evaluated, compiled or saved for longer than it does in every step; it, and the step after it, says nothing about speed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ckptd.monitor import join, record
+from ckptd.monitor.comms import Transfers
+from ckptd.monitor.drift import DRIFT_MIN, Pace, is_drift
+from ckptd.monitor.hang import Patience
+from ckptd.monitor.join import Joined, Odd
+from ckptd.monitor.loss import Losses
+from ckptd.monitor.report import Evidence, Finding
+from ckptd.monitor.roles import Roles
+from ckptd.monitor.settings import Settings
+from ckptd.monitor.standing import Roll
+from ckptd.monitor.straggler import KEPT, Stragglers
+from ckptd.monitor.verdict import Seen
+
+Array = np.ndarray[Any, Any]
+
+PHASE = 0.02
+"""Evaluating or compiling for more than this part of a step makes it a phase."""
+SAVING = 0.10
+"""Saving for this much longer than usual makes it one."""
+EVERY_S = 0.1
+"""Windows are looked at no more often."""
+EVERY_STEPS = 2
+NODE_MIN = 3
+"""So many ranks of one node, slow for one reason, are the node's verdict."""
+SAVES_KEPT = 4
+UNKNOWN = 0.5
+"""A rank of whose last 20 steps less than this is known cannot be judged."""
+
+
+class Watch:
+    """Of one attempt."""
+
+    def __init__(self, world_size: int, settings: Settings, roll: Roll, patience: Patience) -> None:
+        self.settings, self.roll, self.patience = settings, roll, patience
+        self.join = join.Join(world_size)
+        self.roles = Roles(world_size)
+        self.stragglers = Stragglers(world_size, settings)
+        self.transfers = Transfers(settings)
+        self.pace = Pace(settings)
+        self.losses = Losses()
+        self.drifts: set[int] = set()
+        self.step = 0
+        self.steps_seen = 0
+        self.since_look = 0
+        self.hot: tuple[int, ...] = ()
+        self.global_slow = False
+        self.values: Array = np.zeros((len(join.SIGNALS), world_size), np.float32)
+        """Of the newest step."""
+        self._known_groups = -1
+        self._after_phase = False
+        self._saving = np.zeros(world_size)
+        self._saves: list[Array] = []
+        self._odd: dict[int, Odd] = {}
+
+    # --- one step ---
+
+    def take(self, j: Joined) -> tuple[list[Seen], list[Seen] | None]:
+        """(what is certain at once, what the windows show, None if they were not looked at)."""
+        self.step = j.step
+        self.steps_seen += 1
+        self.values = np.where(np.isnan(j.values), self.values, j.values)
+        self._pauses(j)
+        now = self._at_once(j)
+        if self.steps_seen <= self.settings.warmup_steps or self._phase(j):
+            return now, None
+        if self._known_groups != len(self.roll.members):
+            self._known_groups = len(self.roll.members)
+            self.roles.learn(self.roll.members)
+        if self.roles.see(j.program):
+            self.stragglers.forget()
+        self.stragglers.add(j, self.roles.by_role)
+        wall_us = self.stragglers.wall_us
+        self.transfers.add(j, wall_us)
+        told = j.program[j.present]
+        program = int(np.bincount(told + 1).argmax()) - 1 if len(told) else -1
+        self.pace.add(j.step, float(np.nanmedian(j.values[join.WALL])), program)
+        self.since_look += 1
+        if self.since_look < max(EVERY_STEPS, int(EVERY_S * 1e6 / max(wall_us, 1.0))):
+            return now, None
+        self.since_look = 0
+        return now, self.look()
+
+    def _pauses(self, j: Joined) -> None:
+        """What the job's own pauses are: a hang is longer."""
+        v = j.values
+        kinds = ((record.CHECKPOINT, join.CHECKPOINT), (record.EVAL, join.EVAL), (record.COMPILE, join.COMPILE), (record.DATA, join.DATA))
+        if not np.any(j.present) or np.all(np.isnan(v[join.WALL])):
+            return
+        own = v[join.WALL] if np.nanmax(v[join.DEVICE]) > 0 else v[join.SELF]
+        phases = {kind: float(np.nanmax(v[signal])) / 1e6 for kind, signal in kinds}
+        long = {kind: s for kind, s in phases.items() if kind != record.DATA}
+        rest = float(np.nanmax(own - v[join.CHECKPOINT] - v[join.EVAL] - v[join.COMPILE])) / 1e6
+        self.patience.step(rest, {})
+        for kind, s in {**long, record.DATA: phases[record.DATA]}.items():
+            if s > 0.0:
+                self.patience.phase(kind, s)
+
+    def _phase(self, j: Joined) -> bool:
+        v = j.values
+        wall = max(self.stragglers.wall_us, 1.0) if self.stragglers.wall_us else float(np.nanmedian(v[join.WALL]))
+        busy = np.nan_to_num(v[join.EVAL] + v[join.COMPILE])
+        saving = np.nan_to_num(v[join.CHECKPOINT]) - self._saving
+        saves = bool(np.any(saving > SAVING * wall)) and self.stragglers.count > 0
+        if saves and not self._after_phase:
+            self._saves = [*self._saves, np.nan_to_num(v[join.CHECKPOINT])][-SAVES_KEPT:]
+        else:
+            self._saving += (np.nan_to_num(v[join.CHECKPOINT]) - self._saving) / min(self.steps_seen, 20)
+        phase = saves or bool(np.any(busy > PHASE * wall))
+        left_out = phase or self._after_phase
+        self._after_phase = phase
+        return left_out and self.steps_seen > 8
+
+    # --- certain at once ---
+
+    def _at_once(self, j: Joined) -> list[Seen]:
+        seen = []
+        if (bad := self.losses.add(j)) is not None:
+            seen.append(Seen(("nan",), bad, certain=True))
+        odd = {o.group: o for o in j.odd}
+        for group, o in odd.items():
+            before = self._odd.get(group)
+            if before is not None and before.ranks == o.ranks:
+                seen.append(Seen(("desync", *o.ranks[:4]), self._desync(o, j), certain=True))
+                self.join.accept(o)
+        self._odd = odd
+        return seen
+
+    def _desync(self, o: Odd, j: Joined) -> Finding:
+        if not o.ranks:
+            cause = "ranks entered different operations, and no majority says which is right"
+        elif o.behind:
+            cause = "skipped an operation that the others entered"
+        else:
+            cause = "entered other operations than the others"
+        evidence = (Evidence(signal="operations of the others at the end of the step", value=float(o.seq)),)
+        return Finding(
+            kind="desync", ranks=o.ranks or o.others[:64], step=j.step, since_step=j.step - 1, strength=1.0 if o.ranks else 0.6, cause=cause, group=o.group, seq=o.seq,
+            victims=o.others if o.ranks else (), evidence=evidence,
+        )  # fmt: skip
+
+    # --- windows ---
+
+    def look(self) -> list[Seen]:
+        """All that the windows show now."""
+        seen = self._slow_ranks()
+        slow = self.transfers.look(self.join.keys, self.roll.members)
+        self.hot = slow.groups if slow else ()
+        if slow:
+            seen.append(Seen(("comm",), slow.finding))
+        seen += self._saves_stall()
+        pace = self.pace.look()
+        self.global_slow = pace is not None and not seen
+        if pace is not None and not seen:
+            unknown = self._unknown()
+            seen.append(Seen(("undecided", "slow"), unknown) if unknown else Seen(("global",), pace))
+        return seen
+
+    def _slow_ranks(self) -> list[Seen]:
+        late = self.stragglers.look()
+        self.drifts &= {x.rank for x in late}
+        by_node: dict[tuple[int, str], list[Seen]] = {}
+        alone: list[Seen] = []
+        for x in late:
+            f = self._drifting(x.rank, x.finding)
+            seen = Seen(("slow", x.rank), f, half=x.half)
+            node = int(self.roll.node_of[x.rank])
+            (by_node.setdefault((node, f.kind), []) if node >= 0 else alone).append(seen)
+        for (node, kind), group in by_node.items():
+            if len(group) >= NODE_MIN:
+                alone.append(Seen(("slow-node", node, kind), _together([s.finding for s in group]), half=all(s.half for s in group)))
+            else:
+                alone += group
+        return alone
+
+    def _drifting(self, rank: int, f: Finding) -> Finding:
+        """A slow rank whose slowness grew."""
+        if f.kind != "compute-slow":
+            return f
+        s = self.stragglers
+        if rank not in self.drifts and s.count - DRIFT_MIN > 0:
+            n = min(s.count, KEPT)
+            if is_drift(s.lateness(n)[:, rank]):
+                self.drifts.add(rank)
+        if rank not in self.drifts:
+            return f
+        return Finding(
+            kind="drift", ranks=f.ranks, step=f.step, since_step=f.since_step, strength=f.strength, cause="becomes slower and slower", slowdown=f.slowdown,
+            evidence=f.evidence,
+        )  # fmt: skip
+
+    def _saves_stall(self) -> list[Seen]:
+        """A rank whose saves take far longer than the others', again and again."""
+        if len(self._saves) < 3:
+            return []
+        wall = max(self.stragglers.wall_us, 1.0)
+        least = np.min(np.array(self._saves[-3:]), axis=0)
+        usual = float(np.median(least))
+        slow = np.flatnonzero(least > max(2.0 * usual, usual + wall)) if usual > 0 else np.array([], np.int64)
+        if not len(slow) or len(slow) > self.stragglers.size // 4:
+            return []
+        evidence = (Evidence(signal="time in saving", value=float(least[slow].max()), baseline=usual, unit="us"),)
+        f = Finding(
+            kind="checkpoint-stall", ranks=tuple(int(r) for r in slow), step=self.step, since_step=self.step, strength=1.0, cause="its saves take longer than the others'",
+            evidence=evidence,
+        )  # fmt: skip
+        return [Seen(("saves",), f)]
+
+    def _unknown(self) -> Finding | None:
+        """The job is slow, and of some ranks too little is known to say that it is not they."""
+        s = self.stragglers
+        n = min(s.count, 20)
+        known = s.good[np.arange(s.count - n, s.count) % KEPT].mean(axis=0)
+        dark = np.flatnonzero(known < UNKNOWN)
+        if not len(dark):
+            return None
+        evidence = (Evidence(signal="ranks of which too much was lost", value=" ".join(map(str, dark[:32]))),)
+        return Finding(
+            kind="undecided", ranks=(), step=self.step, since_step=self.step, strength=0.5, cause="the job is slow, and of some ranks too much was lost", evidence=evidence,
+        )  # fmt: skip
+
+
+def _together(findings: list[Finding]) -> Finding:
+    """Several ranks of one node as one finding."""
+    worst = max(findings, key=lambda f: f.slowdown)
+    return Finding(
+        kind=worst.kind, ranks=tuple(sorted(r for f in findings for r in f.ranks)), step=worst.step, since_step=min(f.since_step for f in findings),
+        strength=worst.strength, cause=f"{worst.cause}: {len(findings)} ranks of the node", slowdown=worst.slowdown, evidence=worst.evidence,
+    )  # fmt: skip
