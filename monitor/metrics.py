@@ -26,6 +26,8 @@ RANKS_MAX = 4096
 NAMES_MAX = 32
 LABEL_CHARS_MAX = 128
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
+CONTENT_TYPE = TEXT
+"""Of what `render` gives by default."""
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 Labels = tuple[tuple[str, str], ...]
