@@ -29,9 +29,9 @@ FLOWS_MAX = 40_000
 LANES_MAX = 16
 VERDICTS_MAX = 256
 MARKS_TID = 1
-P2P_TID = 2
+P2P_TID = 20
 GROUPS_TID = 100
-"""Thread of a group's row 0; its lanes follow."""
+"""Threads of the group of row 0; each thread is followed by its lanes."""
 
 
 @dataclass(frozen=True, slots=True)
