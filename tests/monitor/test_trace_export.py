@@ -123,5 +123,5 @@ def test_bounds_and_garbage(monkeypatch):
     check(parsed(windows(ranks=[{"job": "j", "rank": 0, "pid": 1, "records": noise, "groups": []}])))
     monkeypatch.setattr(trace_export, "EVENTS_MAX", 10)
     many = [op(10 + 2 * i, 11 + 2 * i, i + 1) for i in range(60)]
-    trace = parsed(windows(ranks=[{"job": "j", "rank": 0, "pid": 1, "records": written(many), "groups": [group(1, (0, 1), 0)]}]))
+    trace = parsed(windows(now_ns=200 * MS, ranks=[{"job": "j", "rank": 0, "pid": 1, "records": written(many), "groups": [group(1, (0, 1), 0)]}]))
     assert [e["args"]["seq"] for e in trace["traceEvents"] if e["ph"] == "X"] == [*range(51, 61)]
