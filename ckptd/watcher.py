@@ -113,11 +113,11 @@ class Job:
 class Watcher:
     """All jobs that this daemon watches."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, *, enabled: bool = True) -> None:
         self._daemon = daemon
         self.jobs: dict[str, Job] = {}
         self.host = socket.gethostname()[:64]
-        self.enabled = os.environ.get("CKPTD_WATCH", "1") != "0"
+        self.enabled = enabled
         self.counts: Counter[str] = Counter()
         self.listeners: list[Any] = []
         """Called with (job, verdict) for each that is new or changed: the log, webhooks."""
@@ -204,7 +204,9 @@ class Watcher:
         if job is None or r is None or r.client is not client or r.gone:
             return
         r.gone = True
-        self._send(job, steps=self._drain(job, r), pulses=[self._pulse(r, time.monotonic())], urgent=True)
+        now_s = time.monotonic()
+        others = [self._pulse(o, now_s, full=True) for o in job.ranks.values() if o is not r]  # where they stood may be why it died
+        self._send(job, steps=self._drain(job, r), pulses=[self._pulse(r, now_s), *others], urgent=True)
 
     def _forget_old(self, now_s: float) -> None:
         """Jobs that ended without a word: their verdicts are shown for a while."""
@@ -294,10 +296,10 @@ class Watcher:
             r.head, r.moved_s = head, now_s
         idle_ms = int((now_s - r.moved_s) * 1000)
         state, where = "R", ""
-        if ring.word("done") or (r.gone and r.ending):
+        if ring.word("done") == record.GOOD or (r.gone and r.ending):
             state = "closed"
         elif r.gone:
-            state = "dead"
+            state = "raised" if ring.word("done") == record.RAISED else "dead"
         elif idle_ms >= IDLE_MS // 2 or full:
             state, where = _state_of(r.pid, ring.word("thread") or r.pid)
         phases = ring.word("phases")
@@ -306,7 +308,7 @@ class Watcher:
         return report.Pulse(
             rank=r.rank, idle_ms=idle_ms, step=ring.word("step"), records=head[0], state=state, where=where, phases=phases,
             phase_ms=max(0, now_ns - ring.word("phase_ns")) // 1_000_000 if phases else 0, cpu_ms=cpu[-1] // 1_000_000 if cpu else 0,
-            groups=_open_ops(ring, now_ns) if idle_ms >= IDLE_MS or full or state in {"dead", "closed"} else [],
+            groups=_open_ops(ring, now_ns) if idle_ms >= IDLE_MS or full or state in {"dead", "raised", "closed"} else [],
         )  # fmt: skip
 
     def _info(self, job: Job, r: Rank) -> report.RankInfo:

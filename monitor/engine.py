@@ -27,8 +27,8 @@ from ckptd.monitor.watch import Watch
 
 __all__ = ["Ask", "Asks", "Concluded", "Engine", "Past", "Settings"]
 
-TOGETHER_S = 0.3
-"""Deaths within this time are of one cause; later ones follow from it."""
+TOGETHER_S = 0.01
+"""Deaths within this time are of one cause; later ones follow from it: others lose their connection, or their launcher ends them."""
 IDLE_MS = 1000
 """A pulse brings its groups from here on."""
 STACKS_OF = FATAL | {"input-stall", "checkpoint-stall", "gc-pause"}
@@ -185,7 +185,11 @@ class Engine:
         if not d.ranks:
             d.first_s = self._now_s
         (d.ranks if self._now_s - d.first_s <= TOGETHER_S else d.victims).extend(dead)
-        killed = [r for r in d.ranks if self.roll.pulses[r].signal]
+        standing = self.roll.standing(self._now_s, self._step)
+        odd = [f for f in hang.mismatches(standing, hang.rows_by_group(standing.pulses)) if f.strength == 1.0]
+        if odd:  # they died of it: a backend that was given less or more than it expected ends its process
+            return self._conclude("crash", [Seen(_hang_key(f), f, stuck=True, certain=True) for f in odd])
+        killed = [r for r in d.ranks if self.roll.pulses[r].signal or self.roll.pulses[r].state != "raised"]
         ranks = killed or d.ranks  # who was killed is first; who raised because of it follows
         victims = {*d.victims, *d.ranks} - {*ranks}
         first = self.roll.pulses[ranks[0]]

@@ -38,7 +38,7 @@ PHASES = {
     record.PROBE: "probe",
 }
 LONG = (1 << record.CHECKPOINT) | (1 << record.EVAL) | (1 << record.COMPILE) | (1 << record.RESTORE) | (1 << record.PROBE)
-GONE = frozenset({"dead", "Z", "X"})
+GONE = frozenset({"dead", "raised", "Z", "X"})
 STOPPED = frozenset({"T", "t"})
 RECEIVES = frozenset({record.OPS.index("recv"), record.OPS.index("recv_any")})
 VICTIMS_MAX = 64

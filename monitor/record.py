@@ -60,7 +60,7 @@ HEADER = np.dtype(
         ("device", "<i4"),  # CUDA device index, -1 on CPU
         ("job", f"S{JOB_BYTES}"),
         ("thread", "<u4"),  # kernel id of the thread that trains
-        ("done", "<u4"),  # the tap was closed in good order: its silence is no hang
+        ("done", "<u4"),  # GOOD: the tap was closed in good order, its silence is no hang; RAISED: the interpreter ends because of an exception
     ],
 )
 GROUP = np.dtype(
@@ -127,6 +127,8 @@ for its loader. checkpoint: ckptd's own part of a step, or a save that the user 
 without a call of c10d (a CUDA graph's replay), and what its proxies waited for; `nccl_profiler.c` says which words mean what. Operations that c10d entered have one
 record, the tap's: the profiler plugin adds `inside_us` and `ended_ns` to it and counts nothing twice."""
 STEP, OPTIMIZER, DATA, GC, CHECKPOINT, EVAL, COMPILE, LOSS, RESTORE, PROBE, TRAIN, NCCL = range(len(MARKS))
+GOOD, RAISED = 1, 2
+"""Values of `done`. 0 in the ring of a dead process: it was killed, and had no time to say anything."""
 NUMBERED = 1
 """Flag (beside MARK, in place of P2P) of a STEP whose number the session gave."""
 BAD_LOSS, BAD_GRAD = 1, 2

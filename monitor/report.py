@@ -123,7 +123,7 @@ class Pulse(msgspec.Struct, frozen=True):
     step: int
     records: int
     state: Text
-    """The kernel's state of its main thread: R, S, D, T, Z, X; "dead"; "closed" (it ended in good order)."""
+    """The kernel's state of its main thread: R, S, D, T, Z, X; "dead"; "raised" (dead, by an exception); "closed" (it ended in good order)."""
     where: Text = ""
     """What the kernel says it sleeps in (wchan)."""
     phases: int = 0

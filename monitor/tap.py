@@ -21,13 +21,16 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptd.errors import BadArgument
 from ckptd.monitor import record
 from ckptd.monitor.marks import Marks
 from ckptd.monitor.ring import Ring
 from ckptd.monitor.tap_writer import Writer, fill_header
+
+if TYPE_CHECKING:
+    from ckptd.monitor.tap_native import NativeWriter
 
 log = logging.getLogger("ckptd.tap")
 
@@ -45,7 +48,7 @@ class Tap:
         self.rank = rank
         self.pid = os.getpid()
         self.layer = "none"
-        self.writer: Writer = Writer(self.ring)
+        self.writer: Writer | NativeWriter = Writer(self.ring)
         self.at_step: Callable[[], None] | None = None
         """Called once at the end of the step under way, by the thread that trains; then forgotten."""
         self.on_close: Callable[[], None] | None = None
@@ -53,31 +56,39 @@ class Tap:
         self.over = False
         """It failed too often, or was closed: it does not come back."""
         self._layer: Any = None
+        self._batches: Any = None
         fill_header(self.ring, rank, world_size, 0)
         self.marks = Marks(self.writer, self.failed, self._stepped)
 
     def install(self, names: tuple[str, ...]) -> None:
         """The first of these layers that works."""
         for name in names:
+            scratch = Ring.create(SCRATCH_RECORDS)
             try:
-                layer = LAYERS[name](self)
+                layer = LAYERS[name](self, scratch)
             except Exception as e:  # noqa: BLE001  whatever is missing, the next is tried
                 log.debug("tap %s: %s: %s", name, type(e).__name__, e)
                 continue
-            if self._check():
-                self._layer, self.layer = layer, name
+            if self._sees(scratch):
+                self._take(name, layer)
                 break
             log.debug("tap %s: did not see its own operation", name)
             with contextlib.suppress(Exception):
                 layer.remove()
-        self.writer.use(self.ring)
         self.ring.header["layer"] = record.LAYERS.index(self.layer)
         self.marks.install()
 
-    def _check(self) -> bool:
+    def _take(self, name: str, layer: Any) -> None:
+        from ckptd.monitor.tap_batches import Batches
+
+        layer.writer.use(self.ring)
+        self._layer, self.layer = layer, name
+        self.writer = self.marks.writer = layer.writer
+        with contextlib.suppress(Exception):
+            self._batches = Batches(layer, self.failed)
+
+    def _sees(self, scratch: Ring) -> bool:
         """Whether the layer records an operation of its own, on a group of one rank and a ring of its own."""
-        scratch = Ring.create(SCRATCH_RECORDS)
-        self.writer.use(scratch)
         try:
             group = group_of_one()
             if group is None:
@@ -86,13 +97,11 @@ class Tap:
 
             group.allreduce([torch.zeros(3)]).wait()
             found = scratch.read(0).records
-            return len(found) == 1 and (int(found["op"][0]), int(found["bytes"][0]), int(found["seq"][0])) == (record.OPS.index("all_reduce"), 12, 1)
+            told = [(int(r["op"]), int(r["bytes"]), int(r["seq"]), int(r["ended_ns"]) > 0) for r in found]
         except Exception as e:  # noqa: BLE001
             log.debug("tap: its trial failed: %s", e)
             return False
-        finally:
-            self.writer.use(self.ring)
-            scratch.close()
+        return told == [(record.OPS.index("all_reduce"), 12, 1, True)]
 
     def identify(self, job: str, attempt: int) -> None:
         """Write what is known of the job into the ring."""
@@ -112,7 +121,14 @@ class Tap:
 
     def finished(self, *, over: bool) -> None:
         """The process group ended in good order (or began anew): silence is no hang."""
-        self.ring.header["done"] = int(over)
+        self.ring.header["done"] = record.GOOD if over else 0
+
+    def ending(self) -> None:
+        """The interpreter ends; whether by an exception that nobody caught, is told by what it left in `sys`."""
+        raised = getattr(sys, "last_value", None) is not None and os.getpid() == self.pid and not self.over
+        self.close()
+        if raised:
+            self.ring.header["done"] = record.RAISED
 
     def close(self) -> None:
         """Unhook; the ring stays readable for who has it."""
@@ -124,6 +140,8 @@ class Tap:
         self.marks.remove()
         if self.on_close is not None:
             self.on_close()
+        if self._batches is not None:
+            self._batches.remove()
         if self._layer is not None:
             with contextlib.suppress(Exception):
                 self._layer.remove()
@@ -148,19 +166,25 @@ def group_of_one() -> Any:
     return group
 
 
-def _python(tap: Tap) -> Any:
+def _native(_tap: Tap, ring: Ring) -> Any:
+    from ckptd.monitor import tap_native
+
+    return tap_native.Native(ring)
+
+
+def _python(tap: Tap, ring: Ring) -> Any:
     from ckptd.monitor import tap_python
 
-    return tap_python.Kernels(tap_python.Seen(tap.writer, tap.failed))
+    return tap_python.Kernels(tap_python.Seen(Writer(ring), tap.failed))
 
 
-def _patched(tap: Tap) -> Any:
+def _patched(tap: Tap, ring: Ring) -> Any:
     from ckptd.monitor import tap_python
 
-    return tap_python.Patches(tap_python.Seen(tap.writer, tap.failed))
+    return tap_python.Patches(tap_python.Seen(Writer(ring), tap.failed))
 
 
-LAYERS: dict[str, Callable[[Tap], Any]] = {"python": _python, "patched": _patched}
+LAYERS: dict[str, Callable[[Tap, Ring], Any]] = {"native": _native, "python": _python, "patched": _patched}
 
 
 def wanted() -> tuple[str, ...]:
@@ -194,7 +218,7 @@ def attach() -> Tap | None:
             tap = Tap(dist.get_rank(), dist.get_world_size(), capacity)
             tap.install(names)
             os.register_at_fork(after_in_child=lambda: _forked(tap))
-            atexit.register(tap.close)
+            atexit.register(tap.ending)
             _current = tap
         except Exception:
             log.debug("no tap", exc_info=True)

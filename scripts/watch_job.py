@@ -23,6 +23,7 @@ Every rank writes DIR/rank<R>.jsonl, one line per step: {"step", "t" (its end), 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -560,8 +561,10 @@ def _child(told: dict, number: int) -> int:
         job(parse(told["args"]), dist.PrefixStore(f"job{number}", store))
         code = 0
     except BaseException as e:  # noqa: BLE001  it is the end of this process
+        sys.last_type, sys.last_value, sys.last_traceback = sys.exc_info()  # as an interpreter leaves that nobody caught it
         print(f"rank {os.environ['RANK']}, job {number}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    atexit._run_exitfuncs()  # noqa: SLF001  as an interpreter does; os._exit does not
     return code
 
 
