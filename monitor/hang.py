@@ -417,9 +417,10 @@ class Patience:
         self.steps = 0
 
     def step(self, wall_s: float, phases_s: Mapping[int, float]) -> None:
-        """A step's longest rank: its time outside of phases bounds each pause in it from above."""
+        """A step's longest rank: its time outside of phases bounds each pause in it from above. Warm-up, with its imports and first allocations, does not count."""
         self.steps += 1
-        self._add(max(wall_s - sum(phases_s.values()), 1e-4))
+        if self.steps > self.settings.warmup_steps:
+            self._add(max(wall_s - sum(phases_s.values()), 1e-4))
         for kind, seconds in phases_s.items():
             if seconds > 0.0:
                 self.phase(kind, seconds)
