@@ -20,7 +20,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import resource
 import secrets
 import signal
 import socket
@@ -33,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ckptd import __version__, arena, members, notify, peers, persist, protect, transport, watcher
+from ckptd import __version__, arena, faces, members, notify, peers, persist, protect, transport, watcher
 from ckptd.channel import Channel, Pipe, listen, peer_of, pidfd_of, private_directory, socket_path
 from ckptd.core import checksum, node, parity, proof, report, slots, wire
 from ckptd.core.ladder import Key
@@ -78,6 +77,8 @@ class Settings:
     """A snapshot that is not persisted by then gives its memory back."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Failure domains of this node: kind -> name."""
+    watch: bool = True
+    faces: faces.FaceSettings = field(default_factory=faces.FaceSettings)
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.linger_s < 0 or self.persist_timeout_s <= 0:
@@ -128,7 +129,8 @@ class Daemon:
         self.tiers: dict[str, Tier] = {}
         self.protection = protect.Protection(self)
         self.members = members.Members()
-        self.watcher = watcher.Watcher(self)
+        self.watcher = watcher.Watcher(self, enabled=settings.watch)
+        self.faces = faces.Faces(self, settings.faces)
         self.ballots: dict[str, Ballots] = defaultdict(Ballots)
         self.suspicions: deque[tuple[str, int, Suspicion]] = deque(maxlen=ERRORS_KEPT)
         self.written: dict[tuple[str, int, int], dict[int, bytes]] = {}
@@ -167,13 +169,14 @@ class Daemon:
             os.close(lock)
             msg = f"a daemon already serves {path}"
             raise BadArgument(msg, remedy="use that one, or give another directory with --dir or CKPTD_DIR") from e
-        _raise_fd_limit()
+        transport.raise_fd_limit()
         self._adopt_handed()
         port_file = path.with_name("peer.port")
         await self.peers.start(self.settings.peer_host, self.settings.peer_port or _read_port(port_file), must=self.settings.peer_port > 0)
         self.members.start(path.parent, self.peers.address)
         self.start(self.members.run())
         self.start(self.watcher.run())
+        await self.faces.start(path.parent)
         port_file.write_text(self.peers.address.rpartition(":")[2])
         listener = listen(path)
         loop = asyncio.get_running_loop()
@@ -196,6 +199,7 @@ class Daemon:
             path.unlink(missing_ok=True)
             for client in [*self.clients]:
                 client.channel.close("the daemon leaves")
+            await self.faces.stop()
             await self.peers.stop()
             for task in [*self._tasks]:
                 task.cancel()
@@ -901,6 +905,8 @@ class Daemon:
             "errors": self.error_count,
             "last_errors": [*self.errors][-5:],
             "jobs": {name: self._job_status(job) for name, job in self.node.jobs.items()},
+            "process": faces.process(),
+            "faces": self.faces.status(),
             "watched": {name: self.watcher.status(name) for name in self.watcher.jobs},
             "rendezvous": {name: self.members.status(name) for name in self.members.names()},
         }
@@ -972,13 +978,6 @@ def _only_its_own(client: Client, job: str) -> None:
     if job != client.job:
         msg = f"this is a line of job {client.job!r}, not of {job!r}"
         raise NotFound(msg)
-
-
-def _raise_fd_limit() -> None:
-    """A connection and an arena are a descriptor each: take what the system allows."""
-    with contextlib.suppress(OSError, ValueError):
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _read_port(path: Path) -> int:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import resource
 import secrets
 import socket
 import struct
@@ -149,6 +150,17 @@ class Bulk:
         except BlockingIOError as e:
             raise _too_slow(self.address) from e
 
+    def send_bytes(self, data: bytes | memoryview) -> None:
+        """Send bytes that the last message announced."""
+        try:
+            self._line.sock.sendall(data)
+        except BlockingIOError as e:
+            raise _too_slow(self.address) from e
+
+    def limit_send_buffer(self, count: int) -> None:
+        """Have the kernel hold no more than about this much of what was sent and has not arrived."""
+        self._line.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count)
+
     def receive(self) -> wire.Message:
         """One message."""
         head = bytearray(4)
@@ -197,6 +209,13 @@ def _opened(body: bytearray, receives: Tagger) -> wire.Message:
 
 def _too_slow(address: str) -> PeerFailed:
     return PeerFailed(f"the daemon at {address} did not answer in {ANSWER_TIMEOUT_S:.0f} s")
+
+
+def raise_fd_limit() -> None:
+    """A connection and an arena are a descriptor each: take what the system allows."""
+    with contextlib.suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def be_nice() -> None:

@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "session launch standby",
         "formats",
         "reading windows target",
-        "daemon watcher convert",
+        "daemon watcher faces convert",
         "cli",
         "integrations",
     )

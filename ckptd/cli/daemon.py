@@ -26,6 +26,16 @@ def add_parser(verbs: Any) -> None:
         "--label", action="append", default=[], metavar="KIND=NAME", type=_label,
         help="a failure domain of this node, such as rack=r7 or power=a: nodes that share one do not protect each other if others can; may be repeated",
     )  # fmt: skip
+    w = p.add_argument_group("watching", "who is slow, who hangs, and why: on by default (monitor/README.md)")
+    w.add_argument("--no-watch", action="store_true", help="do not watch: taps are told to stop writing")
+    w.add_argument("--http", default="127.0.0.1:0", metavar="HOST:PORT", help="page, metrics, status and trace (default %(default)s, any free port: `ckptd status` says which)")
+    w.add_argument("--no-http", action="store_true", help="serve nothing over HTTP")
+    w.add_argument("--http-remote", action="store_true", help="allow --http off loopback: whoever reaches it can read the jobs' status")
+    w.add_argument("--http-name", action="append", default=[], metavar="NAME", help="a host name by which --http may be asked, besides loopback's; may be repeated")
+    w.add_argument("--events", default="", metavar="FILE", help="log of verdicts, a JSON line each (default: events.jsonl beside the socket)")
+    w.add_argument("--webhook-file", default="", metavar="FILE", help="POST verdicts to the URLs in FILE (0600, one a line)")
+    w.add_argument("--webhook-private", action="store_true", help="allow webhooks to loopback and private addresses, and over plain HTTP")
+    w.add_argument("--record", default="", metavar="DIR", help="record what verdicts are made of, for `ckptd analyze`")
     p.set_defaults(run=run)
 
 
@@ -39,7 +49,7 @@ def _label(text: str) -> tuple[str, str]:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until told to leave."""
-    from ckptd import daemon
+    from ckptd import daemon, faces
     from ckptd.cli.plan import parse_size
 
     daemon.run(
@@ -53,6 +63,11 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             persist_timeout_s=args.persist_timeout_s,
             labels=dict(args.label),
+            watch=not args.no_watch,
+            faces=faces.FaceSettings(
+                http="" if args.no_http else args.http, http_remote=args.http_remote, http_names=tuple(args.http_name), events=args.events,
+                webhook_file=args.webhook_file, webhook_private=args.webhook_private, record=args.record,
+            ),
         )
     )
     return 0
