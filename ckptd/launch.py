@@ -65,6 +65,10 @@ ACT_STOP_S = 3
 """Workers that are to end by a verdict: one that hangs does not answer SIGTERM."""
 
 
+ENDING_S = 0.02
+"""For the daemon to hear that workers are ended on purpose, before they are."""
+
+
 class Evicted(Exception):
     """This node's workers were evicted, all of them: the launcher ends."""
 
@@ -90,7 +94,7 @@ class Keeper:
         self._closing = threading.Event()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="ckptd-keeper", daemon=True)
-        self._acted: deque[wire.Acted] = deque()
+        self._says: deque[wire.Message] = deque()
         self.acts: deque[Ordered] = deque(maxlen=ACTS_MAX)
         """What the agent is to judge."""
         self.replaced = 0
@@ -188,8 +192,8 @@ class Keeper:
             pipe.put(wire.HandBack(), fd)
         heard_s = asked_s = time.monotonic()
         while not self._closing.is_set():
-            while self._acted:
-                pipe.put(self._acted.popleft())
+            while self._says:
+                pipe.put(self._says.popleft())
             pipe.flush()
             poller = select.poll()
             poller.register(pipe.sock, select.POLLIN | (select.POLLOUT if pipe.wants_write else 0))
@@ -245,7 +249,11 @@ class Keeper:
     def answer(self, acted: wire.Acted) -> None:
         """Any thread: tell the daemon what became of an Act."""
         log.warning("verdict %d: %s%s", acted.verdict, "" if acted.done else "refused: ", acted.what)
-        self._acted.append(acted)
+        self.tell(acted)
+
+    def tell(self, message: wire.Message) -> None:
+        """Any thread: say something to the daemon."""
+        self._says.append(message)
         with contextlib.suppress(OSError):
             os.eventfd_write(self._wake, 1)
 
@@ -363,8 +371,14 @@ class Agent(LocalElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         if self.keeper.acts or self._follows is not None:  # other nodes began with what a verdict asks for: here too somebody may hang
             self._end_workers()
+        self._say_ending()
         super()._stop_workers(worker_group)
         mark("workers stopped")
+
+    def _say_ending(self) -> None:
+        """What dies from now on dies of us: the daemon is not to call it a crash."""
+        self.keeper.tell(wire.Ending())
+        time.sleep(ENDING_S)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> Any:
         ordered = self._ordered(worker_group)
@@ -449,6 +463,7 @@ class Agent(LocalElasticAgent):
 
     def _end_workers(self) -> None:
         """At once: SIGTERM, and SIGKILL soon."""
+        self._say_ending()
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGTERM, ACT_STOP_S)
         mark("workers ended")
