@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ckptd import transport
+from ckptd import probing, transport
 from ckptd.core import wire
 from ckptd.errors import BadArgument, CkptdError, NotFound, PeerFailed
 from ckptd.transport import Bulk, Connection, Rate
@@ -104,12 +104,14 @@ class Peers:
             msg = f"--peer-rate {rate_bytes_per_s:.0f}: peers wait for a block no longer than {transport.ANSWER_TIMEOUT_S:.0f} s"
             raise BadArgument(msg, remedy=f"give at least {RATE_MIN_BYTES_PER_S} bytes per second, or 0 for no limit")
         self._local = local
-        self._rate = Rate(rate_bytes_per_s)
+        self.rate = Rate(rate_bytes_per_s)
         self._links: dict[tuple[str, int], _Link] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._source = ""
         self._secrets: dict[str, tuple[int, bytes]] = {}
         self._unproven: OrderedDict[socket.socket, None] = OrderedDict()
+        self.receiving = 0
+        """Transfers that are measured here just now."""
         self.strangers = 0
         """Connections that did not prove themselves."""
         self.address = ""
@@ -298,6 +300,9 @@ class Peers:
                 self._local.watched(message)
             case wire.Describe() | wire.Fetch():
                 await self._answer(peer, message)
+            case wire.Transfer():
+                await probing.receive(self, peer, message)
+                return False
             case wire.List():
                 await peer.send(wire.Listed(images=self._local.listing(message.job, message.attempt, message.step)))
             case _:
@@ -329,7 +334,7 @@ class Peers:
         if isinstance(m, wire.Describe):
             await peer.send(wire.Described(image_bytes=len(held.image), digests=held.digests))
         else:
-            await self._rate.let_through(m.end - m.begin)
+            await self.rate.let_through(m.end - m.begin)
             peer.put(wire.Blocks(bytes=m.end - m.begin))
             await peer.send_bytes(held.image[m.begin : m.end])
 

@@ -489,6 +489,22 @@ class Blocks(Message, frozen=True, kw_only=True):
     bytes: int
 
 
+class Transfer(Message, frozen=True, kw_only=True):
+    """`bytes` raw bytes follow, which mean nothing: how fast they come is measured (ckptd/probing.py). The `last` is answered by Transferred."""
+
+    job: str
+    attempt: int
+    bytes: int
+    last: bool = False
+
+
+class Transferred(Message, frozen=True, kw_only=True):
+    """So many bytes came in so much time, after the first of them."""
+
+    bytes: int
+    seconds: float
+
+
 LOCAL = (
     Hello | Welcome | Join | Granted | Open | Opened | Ensure | Enter | Entered | Gathered | Regroup | Closed | Forget | Status | Report | Shutdown | Done | Refused
     | Filled | Skipped | Persist | Chose | RestoreFailed | HandBack | Kept | Dropped | Reached
@@ -499,7 +515,7 @@ TO_DAEMON = (
     | Watch | ProbeDone | StacksDone | Acted | Ending
 )
 """What a daemon takes from a client: none of it is long, and what it says itself is not decoded again."""
-REMOTE = Knock | Prove | PeerHello | PeerNews | PeerBeat | PeerWatch | PeerAsk | PeerVerdict | Describe | Described | List | Listed | Fetch | Blocks | Refused
+REMOTE = Knock | Prove | PeerHello | PeerNews | PeerBeat | PeerWatch | PeerAsk | PeerVerdict | Describe | Described | List | Listed | Fetch | Blocks | Transfer | Transferred | Refused
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODERS = {"local": msgspec.msgpack.Decoder(LOCAL), "daemon": msgspec.msgpack.Decoder(TO_DAEMON), "remote": msgspec.msgpack.Decoder(REMOTE)}

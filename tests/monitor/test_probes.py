@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -186,3 +187,139 @@ def test_baselines_are_bounded(tmp_path):
     for n in range(probes.ENTRIES_MAX + 10):
         b.learn("transfer", str(n), 1.0, float(n))
     assert len(b._entries) == probes.ENTRIES_MAX and b.of("transfer", "0") == 0.0 and b.of("transfer", str(probes.ENTRIES_MAX + 9)) == 1.0
+
+
+# --- transfers between nodes ------------------------------------------------------------------------------------------------
+
+
+def missing() -> str:
+    from tests.train.cluster import Namespaces
+
+    return Namespaces.missing() or ("" if shutil.which("tc") else "the tc command is missing (iproute2)")
+
+
+NO_LINKS = missing()
+SLOW = "40mbit"
+SLOW_BYTES_PER_S = 40e6 / 8
+
+
+class Links:
+    """Nodes in network namespaces, on a bridge, each with a daemon's peers."""
+
+    made = 0
+
+    def __init__(self, count: int, *, rate: float = 0.0) -> None:
+        Links.made += 1
+        self.tag, self.count = f"cp{os.getpid() % 100000}x{Links.made}", count
+        self.addresses = [f"10.78.0.{i + 11}:7171" for i in range(count)]
+        self.nodes: list[subprocess.Popen] = []
+        self.run("ip", "link", "add", self.tag, "type", "bridge")
+        self.run("ip", "link", "set", self.tag, "up")
+        for i in range(count):
+            ns, there = f"{self.tag}n{i}", f"{self.tag}v{i}"
+            self.run("ip", "netns", "add", ns)
+            self.run("ip", "link", "add", there, "type", "veth", "peer", "name", "eth0", "netns", ns)
+            self.run("ip", "link", "set", there, "master", self.tag, "up")
+            for command in (("addr", "add", f"10.78.0.{i + 11}/24", "dev", "eth0"), ("link", "set", "eth0", "up"), ("link", "set", "lo", "up")):
+                self.run("ip", "-n", ns, *command)
+        for i in range(count):
+            self.nodes.append(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", f"{self.tag}n{i}", sys.executable, str(ROOT / "tests/monitor/transfer_node.py"), str(i), str(rate), *self.addresses],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                )
+            )  # fmt: skip
+        assert [n.stdout.readline() for n in self.nodes] == ["ready\n"] * count
+
+    @staticmethod
+    def run(*command: str, check: bool = True) -> None:
+        subprocess.run(command, check=check, capture_output=True)
+
+    def slow_sending(self, i: int) -> None:
+        self.run("tc", "-n", f"{self.tag}n{i}", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", SLOW, "burst", "64kb", "latency", "50ms")
+
+    def slow_receiving(self, i: int) -> None:
+        self.run("tc", "qdisc", "add", "dev", f"{self.tag}v{i}", "root", "tbf", "rate", SLOW, "burst", "64kb", "latency", "50ms")
+
+    def slow_link(self, i: int, j: int) -> None:
+        """What goes from i to j, and nothing else."""
+        tc = ("tc", "-n", f"{self.tag}n{i}")
+        self.run(*tc, "qdisc", "add", "dev", "eth0", "root", "handle", "1:", "htb", "default", "10")
+        for number, rate in ((10, "10gbit"), (20, SLOW)):
+            self.run(*tc, "class", "add", "dev", "eth0", "parent", "1:", "classid", f"1:{number}", "htb", "rate", rate, "burst", "64kb")
+        self.run(*tc, "filter", "add", "dev", "eth0", "parent", "1:", "protocol", "ip", "u32", "match", "ip", "dst", f"10.78.0.{j + 11}/32", "flowid", "1:20")
+
+    def transfer(self, i: int, j: int, **how) -> tuple[float, float]:
+        """(rate, seconds it took)"""
+        self.nodes[i].stdin.write(json.dumps({"to": j, **how}) + "\n")
+        self.nodes[i].stdin.flush()
+        return tuple(json.loads(self.nodes[i].stdout.readline()))
+
+    def matrix(self) -> list[list[float]]:
+        """rates[i][j]: from i to j; the better of two tries, for others use this machine too."""
+        return [[0.0 if i == j else max(self.transfer(i, j, seconds=0.15)[0] for _ in range(2)) for j in range(self.count)] for i in range(self.count)]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for n in self.nodes:
+            n.stdin.close()
+            n.kill()
+            n.wait()
+            n.stdout.close()
+        for i in range(self.count):
+            self.run("ip", "link", "del", f"{self.tag}v{i}", check=False)
+            self.run("ip", "netns", "del", f"{self.tag}n{i}", check=False)
+        self.run("ip", "link", "del", self.tag, check=False)
+
+
+@pytest.mark.skipif(bool(NO_LINKS), reason=NO_LINKS)
+@pytest.mark.parametrize("what", ["sending", "receiving", "link"])
+def test_a_slow_side_is_a_low_row_a_low_column_or_a_low_cell(what):
+    n = 4
+    with Links(n) as links:
+        {"sending": lambda: links.slow_sending(2), "receiving": lambda: links.slow_receiving(2), "link": lambda: links.slow_link(1, 2)}[what]()
+        rates = links.matrix()
+    expected = {
+        "sending": {(2, j) for j in range(n)}, "receiving": {(i, 2) for i in range(n)}, "link": {(1, 2)},
+    }[what] - {(2, 2)}  # fmt: skip
+    print(what + ": " + "; ".join(" ".join(f"{r / 1e6:.0f}" for r in row) for row in rates) + " MB/s")
+    low = {(i, j) for i in range(n) for j in range(n) if i != j and rates[i][j] < 3 * SLOW_BYTES_PER_S}
+    assert low == expected, rates
+    for i, j in expected:
+        assert 0.4 * SLOW_BYTES_PER_S < rates[i][j] < 1.6 * SLOW_BYTES_PER_S, rates
+
+
+@pytest.mark.skipif(bool(NO_LINKS), reason=NO_LINKS)
+def test_a_dead_a_stopped_and_an_unreachable_node_have_rate_0_and_hold_up_nobody():
+    with Links(3) as links:
+        assert links.transfer(0, 1)[0] > 0
+        links.run("ip", "link", "set", f"{links.tag}v1", "down")
+        rate, took = links.transfer(0, 1, deadline_s=3.0)
+        assert rate == 0.0 and took < 6.0
+        os.kill(links.nodes[2].pid, signal.SIGSTOP)
+        rate, took = links.transfer(0, 2, deadline_s=3.0)
+        assert rate == 0.0 and took < 6.0
+        os.kill(links.nodes[2].pid, signal.SIGCONT)
+        links.nodes[2].kill()
+        links.nodes[2].wait()
+        rate, took = links.transfer(0, 2)
+        assert rate == 0.0 and took < 6.0
+
+
+@pytest.mark.skipif(bool(NO_LINKS), reason=NO_LINKS)
+def test_a_daemons_rate_limit_holds_for_transfers_too():
+    limit = 10 << 20
+    with Links(2, rate=limit) as links:
+        rate, _ = links.transfer(0, 1, seconds=1.0)
+    assert rate < 1.5 * limit
+
+
+def test_what_came_at_once_at_the_beginning_is_not_counted():
+    from ckptd import probing
+
+    came = [(0.0, 1 << 20), (0.0, 2 << 20), *((0.1 * i, (2 << 20) + 1000 * i) for i in range(1, 20))]
+    found = probing.measured(came)
+    assert found.bytes / found.seconds == pytest.approx(10_000, rel=0.01)
+    assert probing.measured([(0.0, 5), (1.0, 25)]).bytes == 20
