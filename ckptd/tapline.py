@@ -23,7 +23,7 @@ from typing import Any
 from ckptd.channel import socket_path
 from ckptd.core import wire
 from ckptd.link import Link
-from ckptd.monitor import record, tap
+from ckptd.monitor import record, tap, tap_build
 
 log = logging.getLogger("ckptd.tap")
 
@@ -166,6 +166,8 @@ def ensure(job: str | None = None, attempt: int = 0, directory: str | None = Non
             return None
         with _one:
             if _line is None or _line.tap is not its:
+                if its.layer != "native" and "native" in tap.wanted() and os.environ.get("LOCAL_RANK", "0") == "0":
+                    tap_build.start_in_background()
                 _line = Line(its, job or job_of_environment(), directory)
                 its.on_close = _line.close
             if job is not None:

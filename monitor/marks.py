@@ -38,7 +38,7 @@ class Marks:
     """The marks of one tap. `on_step` is called at each boundary, in the thread that trains."""
 
     def __init__(self, writer: Writer, failed: Callable[[], None], on_step: Callable[[], None]) -> None:
-        self.writer = writer
+        self.writer: Any = writer
         self.failed = failed
         self.on_step = on_step
         self.numbered = False

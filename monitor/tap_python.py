@@ -67,6 +67,19 @@ class Seen:
         self._works: dict[int, tuple[Any, int, bool]] = {}
         self._outputs: dict[int, int] = {}
         self._no_future: set[tuple[int, bool]] = set()
+        self._recent: Any = None
+
+    def coalesced(self, by: int) -> None:
+        """A coalesced batch begins (1) or ended (-1)."""
+        self.writer.coalescing = record.COALESCED if by > 0 else 0
+
+    def captured(self, by: int) -> None:
+        """The capture of a CUDA graph begins (1) or ended (-1)."""
+        self.writer.capturing = record.CAPTURED if by > 0 else 0
+
+    def last(self, work: Any, *, device: bool) -> None:
+        """The work of a coalesced batch: its wait is its last operation's."""
+        self._works[id(work)] = work, max(self.writer.records - 1, 0), device
 
     def row(self, pg: Any) -> tuple[int, list[int]]:
         """The group's row in the ring, and its members."""
@@ -95,7 +108,8 @@ class Seen:
         if work is None:
             self.writer.ended(i)
             return
-        self._works[id(work)] = work, i, device  # held, so that the caller is given the same object and its wait finds it
+        self._works[id(work)] = work, i, device
+        self._recent = work  # held, so that the caller is given the same object and its wait finds it
         if len(self._works) > PENDING_MAX:
             self._sweep()
         if asynchronous and not device and (op.code, op.even) not in self._no_future:
@@ -220,7 +234,8 @@ class Kernels:
     """Layer "python"."""
 
     def __init__(self, seen: Seen) -> None:
-        self.seen = seen
+        self.seen, self.writer = seen, seen.writer
+        self.coalesced, self.captured, self.last = seen.coalesced, seen.captured, seen.last
         self._library: Any = Library("c10d", "IMPL")
         self._below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)  # noqa: SLF001
         for spec in OPS:
@@ -319,7 +334,8 @@ class Patches:
     """Layer "patched": the methods of ProcessGroup. Calls from C++ (DDP's reducer, functional collectives) pass it by."""
 
     def __init__(self, seen: Seen) -> None:
-        self.seen = seen
+        self.seen, self.writer = seen, seen.writer
+        self.coalesced, self.captured, self.last = seen.coalesced, seen.captured, seen.last
         self._originals: dict[str, Any] = {}
         for name, (op, tensors_at, peer_at) in METHODS.items():
             original = ProcessGroup.__dict__.get(name)
