@@ -95,11 +95,11 @@ def graph_of(standing: Standing, rows: Mapping[int, Mapping[int, OpenOp]]) -> Gr
         waiting = {r: row.entered for r, row in by_rank.items() if row.entered > row.done}
         entered = {m: by_rank[m].entered if m in by_rank else 0 for m in standing.members.get(key, tuple(by_rank)) if _known(standing, m)}
         for level in set(waiting.values()):
-            behind = [m for m, e in entered.items() if e < level]
+            behind = [m for m, e in entered.items() if e < level] or [m for m, e in waiting.items() if e == level and _stands(standing, m)]
             if behind:
                 graph.missing[key, level] = behind
         for r, level in waiting.items():
-            if (key, level) in graph.missing:
+            if (key, level) in graph.missing and r not in graph.missing[key, level]:
                 graph.at.setdefault(r, []).append((key, level))
     _pairs(graph, rows)
     return graph
@@ -109,6 +109,11 @@ def _known(standing: Standing, rank: int) -> bool:
     """Whether it is known what the rank has entered: it told its table, or nothing is running there any more."""
     pulse = standing.pulses.get(rank)
     return pulse is not None and (bool(pulse.groups) or pulse.state in GONE or pulse.state == "closed")
+
+
+def _stands(standing: Standing, rank: int) -> bool:
+    """Whether a rank that entered an operation cannot take part in it: stopped, or gone."""
+    return standing.pulses[rank].state in STOPPED | GONE
 
 
 def _pairs(graph: Graph, rows: Mapping[int, Mapping[int, OpenOp]]) -> None:
@@ -195,16 +200,17 @@ def mismatches(standing: Standing, rows: Mapping[int, Mapping[int, OpenOp]]) -> 
             for signal in ("signature", "history"):
                 values = {r: getattr(by_rank[r], signal) for r in ranks}
                 if len(set(values.values())) > 1:
-                    found.append(_desync(standing, by_rank, ranks, values, (key, level, signal)))
+                    found.append(_desync(standing, rows, ranks, values, (key, level, signal)))
                     break
     return found
 
 
 def _desync(
-    standing: Standing, by_rank: Mapping[int, OpenOp], ranks: Sequence[int], values: Mapping[int, int], where: tuple[int, int, str]
+    standing: Standing, rows: Mapping[int, Mapping[int, OpenOp]], ranks: Sequence[int], values: Mapping[int, int], where: tuple[int, int, str]
 ) -> Finding:
     key, level, signal = where
-    odd = odd_ones(values)
+    by_rank = rows[key]
+    odd = odd_ones(values) or _odd_of_job(values, rows)
     usual = next((by_rank[r] for r in ranks if r not in odd), by_rank[ranks[0]])
     what = tuple(
         Evidence(signal=f"rank {r} entered", value=_words(by_rank[r])) for r in (*odd[:4], *[r for r in ranks if r not in odd][:1])
@@ -224,6 +230,15 @@ def odd_ones(values: Mapping[int, int]) -> list[int]:
     if len(counts) > 1 and counts[0][1] == counts[1][1]:
         return []
     return sorted(r for r, v in values.items() if v != counts[0][0])
+
+
+def _odd_of_job(values: Mapping[int, int], rows: Mapping[int, Mapping[int, OpenOp]]) -> list[int]:
+    """The same in a group without a majority: what the rest of the job entered in its groups says what is usual."""
+    elsewhere = Counter(row.signature for by in rows.values() for r, row in by.items() if r not in values and row.entered)
+    usual = max(values.values(), key=lambda v: elsewhere[v])
+    if sum(elsewhere[v] == elsewhere[usual] for v in set(values.values())) > 1:
+        return []
+    return sorted(r for r, v in values.items() if v != usual)
 
 
 def _words(row: OpenOp) -> str:
@@ -339,15 +354,26 @@ def _cycle(standing: Standing, rows: Mapping[int, Mapping[int, OpenOp]], graph: 
     if stopped:
         return _root(standing, rows, graph, stopped[0])
     first = {r: graph.at[r][0][0] for r in members if r in graph.at}
-    odd = odd_ones(first) if len(set(first.values())) > 1 else []
+    odd = _alone(rows, graph, members) or (odd_ones(first) if len(set(first.values())) > 1 else [])
     key, seq = graph.at[(odd or list(first) or members)[0]][0] if first else (0, 0)
     row = next((row for row in rows.get(key, {}).values() if row.entered == seq), None)
     evidence = tuple(Evidence(signal=f"rank {r} waits in", value=f"group {graph.at[r][0][0]:x}, number {graph.at[r][0][1]}") for r in sorted(first)[:8])
     return Finding(
         kind="deadlock", ranks=tuple(odd or members), step=standing.step, since_step=standing.step, strength=1.0 if odd else 0.7,
-        cause="entered the groups in another order than the others" if odd else "wait for each other, each in another group", group=key,
+        cause="stands against the others of its group: another order, or an operation left out" if odd else "wait for each other, each in another group", group=key,
         op=name_of(row.op) if row else "", seq=seq, victims=tuple(m for m in members if m not in odd)[:VICTIMS_MAX] if odd else (), evidence=evidence,
     )  # fmt: skip
+
+
+def _alone(rows: Mapping[int, Mapping[int, OpenOp]], graph: Graph, members: Sequence[int]) -> list[int]:
+    """Who stands against the majority of a group at the most places: has not entered what most have, or has entered what most have not. Empty if nobody does."""
+    against: Counter[int] = Counter()
+    for (key, seq), behind in graph.missing.items():
+        there = [r for r, row in rows[key].items() if row.entered >= seq]
+        if len(there) != len(behind):
+            against.update(min(there, behind, key=len))
+    most = max((against[m] for m in members), default=0)
+    return sorted(m for m in members if against[m] == most) if most > 0 else []
 
 
 def _all_entered(standing: Standing, rows: Mapping[int, Mapping[int, OpenOp]]) -> list[Finding]:

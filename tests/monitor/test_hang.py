@@ -84,6 +84,14 @@ def test_a_deadlock_names_the_odd_order_or_all():
     assert (found.kind, found.ranks) == ("deadlock", (0, 1, 2, 3))
 
 
+def test_a_rank_that_left_one_out_and_waits_elsewhere():
+    """0 left out WORLD's 45 and is in the next step's DP0, which 2, still in WORLD, has not entered: both wait for each other, and 0 is the one alone."""
+    pulses = [pulse(0, [row(WORLD, 44, 44), row(DP0, 9, 8)])]
+    pulses += [pulse(r, [row(WORLD, 45, 44), row(DP0 if r == 2 else DP1, 8, 8)]) for r in (1, 2, 3)]
+    found = only(look(pulses, {WORLD: range(4), DP0: [0, 2], DP1: [1, 3]}))
+    assert (found.kind, found.ranks) == ("deadlock", (0,))
+
+
 def test_nobody_is_missing():
     pulses = [pulse(r, [row(WORLD, 45, 44)]) for r in range(4)]
     found = only(look(pulses, {WORLD: range(4)}))
