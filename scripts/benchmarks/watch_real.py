@@ -3,8 +3,8 @@
     Case  what is run, and the label: who is to be named, and as what
       |   Nodes.run: scripts/watch_job.py under torchrun, gloo; the daemon is asked ten times a second
     Timeline  when the fault began, when each step ended, when each verdict was first seen or changed
-      |   score
-    Scored  named or not, right rank, right cause, seconds and steps from the beginning to the verdict, false alarms
+      |   watch_score
+    Row  named or not, right rank, right cause, seconds and steps from the beginning to the verdict, false alarms
 
 One torchrun per number of ranks serves all cases of that size: its ranks fork a process for each, so that imports are paid once; the tap is attached in those by
 torch's own plug-in mechanism. A case's processes are ended by their pids. The time of a verdict is the coordinator's (`detected_s`) where it was certain at once, and
@@ -25,28 +25,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks import harness
+import msgspec
+
+from benchmarks import harness, watch_score
+from benchmarks.harness import Aim, Bench
 from ckptd.channel import connect, socket_path
 from ckptd.cli.status import ask
 from ckptd.core import wire
 from ckptd.errors import CkptdError
+from ckptd.monitor.report import Verdict
 
 SCRIPT = harness.ROOT / "scripts" / "watch_job.py"
 LOOK_S = 0.1
 AFTER_S = 1.0
 """How long a case is watched after its fault was named: what comes then is a false alarm, or a contradiction."""
 READY_S = 300.0
+SOON_S = 3 * LOOK_S
 STEP_S = 60.0
 """Without a step of rank 0 for this long, and no fault begun, a job is given up."""
-STANDING = ("hang", "desync", "deadlock", "comm-hang", "crash", "stopped", "io-blocked")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """`fault`: as watch_job.py takes it; `rank`: who is to be named (-1: nobody must be); `kinds`: as what. `stands`: the job does not go on by itself."""
+    """`fault`: as watch_job.py takes it; `rank`: who is to be named (-1: nobody must be); `kinds`: as what, `also`: less exactly. `stands`: the job does not go on
+    by itself. `group`: which aim it counts for (watch_score)."""
 
     name: str
     layout: str
+    kind: str = ""
+    severity: str = ""
+    group: str = ""
+    also: tuple[str, ...] = ()
     fault: str = ""
     rank: int = 2
     kinds: tuple[str, ...] = ()
@@ -61,6 +70,14 @@ class Case:
     def quiet(self) -> bool:
         """Nothing is to be named at all."""
         return not self.kinds
+
+    def label(self, timeline: Timeline) -> watch_score.Case:
+        """For the score."""
+        return watch_score.Case(
+            kind=self.kind or self.name, layout=f"{self.layout}{self.world}", seed=0, severity=self.severity, ranks=(self.rank,) if self.rank >= 0 and self.kinds else (),
+            kinds=(*self.kinds, *self.also), causes=self.kinds, group=self.group, onset_step=timeline.onset_step, onset_s=timeline.onset_t, step_s=timeline.usual_s,
+            tolerated=("crash",) if self.stands else (), world=self.world,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,74 +100,40 @@ class Timeline:
     codes: list[int] = field(default_factory=list)
     taps: dict[str, Any] = field(default_factory=dict)
 
+    def told(self) -> list[watch_score.Told]:
+        """The verdicts as they were told, with the step that was under way."""
+        return [watch_score.Told(self.when(s), self.step_at(self.when(s)), msgspec.convert(s.verdict, Verdict)) for s in self.seen]
+
     def step_at(self, t: float) -> int:
-        """The last step that rank 0 had ended."""
-        return max((n for n, end in self.steps if end <= t), default=0)
+        """The step that was under way in rank 0, which may be one behind the rank that has begun to fail."""
+        step = max((n for n, end in self.steps if end <= t), default=0) + 1
+        return max(step, self.onset_step) if self.onset_t and t >= self.onset_t else min(step, self.onset_step - 1) if self.onset_t else step
+
+    def when(self, s: Seen) -> float:
+        """Certain at once: when the coordinator said so. Else the look that found it."""
+        told = float(s.verdict["detected_s"])
+        return told if 0.0 <= s.t - told <= SOON_S else s.t
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One case's result; see `score`."""
-
-    case: Case
-    named: bool
-    right_rank: bool
-    right_cause: bool
-    kind: str
-    ranks: tuple[int, ...]
-    cause: str
-    latency_s: float
-    latency_steps: int
-    suspected_s: float
-    false_alarms: tuple[str, ...]
-    usual_ms: float
-    lost: int
+def score(case: Case, timeline: Timeline) -> watch_score.Row:
+    """How it went. Beside a job that stands, the deaths of those who waited are no alarm."""
+    return watch_score.score(case.label(timeline), timeline.told())
 
 
-def score(case: Case, timeline: Timeline) -> Scored:
-    """The first confirmed verdict after the fault began counts. What was said before it began, of a quiet case at all, or of another rank beside it, is a false alarm."""
-    first: Seen | None = None
-    suspected_t = 0.0
-    wrong: list[str] = []
-    for s in timeline.seen:
-        v = s.verdict
-        early = case.quiet or not timeline.onset_t or s.t < timeline.onset_t
-        if v["state"] == "cleared":
-            continue
-        if early:
-            wrong.append(_words(s, timeline))
-            continue
-        suspected_t = suspected_t or s.t
-        if v["state"] != "confirmed" or v["kind"] == "undecided":
-            continue
-        if first is None:
-            first = s
-        elif tuple(v["ranks"]) != tuple(first.verdict["ranks"]) and not _follows(case, v):
-            wrong.append(_words(s, timeline))
-    v = first.verdict if first else {}
-    t = _when(first, timeline) if first else 0.0
-    return Scored(
-        case=case, named=first is not None, right_rank=first is not None and (case.rank < 0 or tuple(v["ranks"]) == (case.rank,)),
-        right_cause=first is not None and v["kind"] in case.kinds, kind=v.get("kind", ""), ranks=tuple(v.get("ranks", ())), cause=v.get("cause", ""),
-        latency_s=t - timeline.onset_t if first else float("nan"), latency_steps=max(0, timeline.step_at(t) - timeline.onset_step + 1) if first else -1,
-        suspected_s=suspected_t - timeline.onset_t if suspected_t else float("nan"), false_alarms=tuple(dict.fromkeys(wrong)),
-        usual_ms=timeline.usual_s * 1e3, lost=sum(int(t.get("lost", 0)) for t in timeline.taps.values()),
-    )  # fmt: skip
+def right(row: watch_score.Row) -> bool:
+    """As it should be, apart from the time it took."""
+    return not row.false_reports and (row.case.quiet or (row.named and row.right_rank and row.right_cause))
 
 
-def _when(s: Seen, timeline: Timeline) -> float:
-    """Certain at once: when the coordinator said so. Else the look that found it."""
-    told = float(s.verdict["detected_s"])
-    return told if 0.0 <= s.t - told <= 3 * LOOK_S and told >= timeline.onset_t else s.t
-
-
-def _follows(case: Case, v: dict[str, Any]) -> bool:
-    """Whether a later verdict is a consequence that nobody would call an alarm: the others of a job that stands die, the job as a whole is slower."""
-    return (case.stands and v["kind"] == "crash") or v["kind"] == "global-slow" or case.rank in v["ranks"]
-
-
-def _words(s: Seen, timeline: Timeline) -> str:
-    return f"{s.verdict['kind']} {list(s.verdict['ranks'])} {s.verdict['state']} at step {timeline.step_at(s.t)}"
+def line(row: watch_score.Row, timeline: Timeline) -> str:
+    """For people."""
+    c = row.case
+    label = f"rank {c.ranks[0] if c.ranks else '-'} {'/'.join(c.kinds)}" if c.kinds else "quiet"
+    when = f"{row.seconds:.2f} s, {row.steps:.0f} steps" if row.named else "-"
+    return (
+        f"{'ok   ' if right(row) else 'WRONG'} {c.kind} {c.severity} {c.layout}: {label}: {when}; said: {row.said or 'nothing'}; "
+        f"step {timeline.usual_s * 1e3:.0f} ms, {len(timeline.steps)} steps, codes {timeline.codes}"
+    )
 
 
 # --- running ----------------------------------------------------------------------------------------------------------------
@@ -314,8 +297,8 @@ def forget(directory: Path, job: str) -> None:
 
 # --- the cases --------------------------------------------------------------------------------------------------------------
 
-SLOW = ("compute-slow",)
 LAYOUTS = ("ddp", "fsdp", "tp_fsdp", "pp", "pp_dp")
+SLOW = ("compute-slow",)
 
 
 def cases(*, quick: bool) -> list[Case]:
@@ -325,88 +308,121 @@ def cases(*, quick: bool) -> list[Case]:
 
 def _standing(*, quick: bool) -> Iterator[Case]:
     """Jobs that do not go on by themselves."""
-    layouts = LAYOUTS if not quick else ("ddp", "pp")
-    for i, layout in enumerate(layouts):
-        yield _stands("sigstop", layout, i, ("stopped",))
-    for i, layout in enumerate(layouts if not quick else ("fsdp",)):
-        yield _stands("stuck", layout, i + 1, ("hang",))
-    for i, layout in enumerate(("pp", "fsdp") if not quick else ("pp",)):
-        yield _stands("stuck", layout, i + 2, ("hang",), ",place=forward", name="hang in forward")
-    for i, layout in enumerate(("ddp", "tp_fsdp", "pp_dp") if not quick else ("ddp",)):
-        yield _stands("sigkill", layout, i, ("crash",))
-    for i, layout in enumerate(("ddp", "tp_fsdp", "fsdp", "pp") if not quick else ("tp_fsdp",)):
-        yield _stands("skip", layout, i + 3, ("desync", "deadlock"))
-    for i, what in enumerate(("op", "size", "dtype") if not quick else ("op",)):
-        yield _stands("desync", ("ddp", "ddp", "fsdp")[i], i, ("desync",), f",what={what}", name=f"wrong {what}")
-    for i, layout in enumerate(("ddp", "pp") if not quick else ()):
-        yield _stands("deadlock", layout, i + 1, ("deadlock", "desync"))
-
-
-def _stands(kind: str, layout: str, i: int, kinds: tuple[str, ...], more: str = "", *, name: str = "") -> Case:
-    rank = i % 4
-    return Case(
-        name=f"{name or kind} {layout}".replace(" ", "-"), layout=layout, fault=f"{kind}:rank={rank},step={25 + 3 * (i % 4)}{more}", rank=rank, kinds=kinds,
-        stands=True, steps=120,
-    )  # fmt: skip
+    plan = (
+        ("sigstop", LAYOUTS, ("ddp",), ("stopped",), "", ""),
+        ("stuck", LAYOUTS, ("fsdp",), ("hang",), "", "before an operation"),
+        ("stuck", ("pp", "fsdp", "pp_dp"), ("pp",), ("hang",), ",place=forward", "in forward"),
+        ("sigkill", ("ddp", "tp_fsdp", "pp_dp"), ("ddp",), ("crash",), "", ""),
+        ("skip", ("ddp", "tp_fsdp", "fsdp", "pp"), ("tp_fsdp",), ("desync", "deadlock"), "", ""),
+        ("desync", ("ddp",), ("ddp",), ("desync",), ",what=op", "operation"),
+        ("desync", ("ddp",), (), ("desync",), ",what=size", "size"),
+        ("desync", ("fsdp",), (), ("desync",), ",what=dtype", "dtype"),
+        ("deadlock", ("ddp", "pp"), (), ("deadlock", "desync"), "", ""),
+    )
+    for i, (kind, full, few, kinds, more, severity) in enumerate(plan):
+        for j, layout in enumerate(few if quick else full):
+            rank = (i + j) % 4
+            yield Case(
+                name=f"{kind}-{layout}-{i}", kind=kind, severity=severity, layout=layout, fault=f"{kind}:rank={rank},step={25 + 3 * rank}{more}", rank=rank, kinds=kinds,
+                stands=True, steps=120, group="crash" if kind == "sigkill" else "hang",
+            )  # fmt: skip
 
 
 def _slow(*, quick: bool) -> Iterator[Case]:
-    """Jobs that go on, slower."""
-    percents = (10, 20, 50) if not quick else (20,)
-    for i, layout in enumerate(LAYOUTS if not quick else ("ddp", "fsdp")):
-        for j, percent in enumerate(percents):
-            place = ("all", "backward", "forward")[j]
-            yield _costs("slow", layout, i + j, SLOW, f",percent={percent},place={place}", name=f"slow {percent}%")
-    if quick:
-        yield _costs("nan", "ddp", 2, ("nan",), "", "--report-loss")
-        return
-    yield _costs("slow", "ddp", 3, SLOW, ",percent=5", name="slow 5%", limit_steps=100)
-    yield _costs("input", "ddp", 1, ("input-stall",), ",percent=40")
-    yield _costs("input", "tp_fsdp", 2, ("input-stall",), ",percent=40")
-    yield _costs("gc", "ddp", 2, ("gc-pause",), ",ms=400")
-    yield _costs("drift", "ddp", 1, ("drift", "compute-slow"), ",percent=1", limit_steps=100)
-    yield _costs("contend", "ddp", 2, ("cpu-contention",), ",ms=3", "--spin", "0.2", "--step-ms", "120")
-    yield _costs("save", "ddp", 1, ("checkpoint-stall",), ",ms=8000", limit_steps=10)
-    yield _costs("nan", "ddp", 2, ("nan",), "", "--report-loss")
-    yield _costs("nan", "pp", 3, ("nan",), "", "--report-loss")
+    """Jobs that go on, slower. Onsets come late enough for a baseline."""
+    for i, layout in enumerate(("ddp", "fsdp") if quick else LAYOUTS):
+        for j, (percent, place) in enumerate(((10, "all"), (20, "backward"), (50, "forward"))):
+            if not quick or percent == 20:
+                yield _costs("slow", layout, i + j, SLOW, f",percent={percent},place={place}", severity=f"{percent}%", group="slow")
+    if not quick:
+        yield _costs("slow", "ddp", 3, SLOW, ",percent=5", severity="5%", limit_steps=100, group="mild")
+        yield _costs("input", "ddp", 1, ("input-stall",), ",percent=40", severity="40%", group="slow")
+        yield _costs("input", "tp_fsdp", 2, ("input-stall",), ",percent=40", severity="40%", group="slow")
+        yield _costs("gc", "ddp", 2, ("gc-pause",), ",ms=400", group="slow")
+        yield _costs("contend", "ddp", 2, ("cpu-contention",), ",ms=3", options=("--spin", "0.2", "--step-ms", "120"), group="slow")
+        yield _costs("drift", "ddp", 1, ("drift", "compute-slow"), ",percent=1", severity="1% a step", limit_steps=100)
+        yield _costs("save", "ddp", 1, ("checkpoint-stall",), ",ms=8000", severity="8 s", limit_steps=10)
+        yield _costs("nan", "pp", 3, ("nan",), "", options=("--report-loss",))
+    yield _costs("nan", "ddp", 2, ("nan",), "", options=("--report-loss",))
 
 
-def _costs(kind: str, layout: str, i: int, kinds: tuple[str, ...], more: str, *options: str, name: str = "", limit_steps: int = 50) -> Case:
+def _costs(
+    kind: str, layout: str, i: int, kinds: tuple[str, ...], more: str, *, severity: str = "", options: tuple[str, ...] = (), limit_steps: int = 40, group: str = "other"
+) -> Case:  # fmt: skip
     rank, step = i % 4, 40 + 3 * (i % 4)
     if kind == "save":
         step = 60
     return Case(
-        name=f"{name or kind} {layout}".replace(" ", "-"), layout=layout, fault=f"{kind}:rank={rank},step={step}{more}", rank=rank, kinds=kinds,
-        steps=step + limit_steps + 10, limit_steps=limit_steps, options=options,
+        name=f"{kind}-{layout}-{severity}".replace(" ", "-").strip("-"), kind=kind, severity=severity, layout=layout, fault=f"{kind}:rank={rank},step={step}{more}",
+        rank=rank, kinds=kinds, also=("compute-slow", "drift") if group in {"slow", "mild"} else (), steps=step + limit_steps + 10, limit_steps=limit_steps,
+        options=options, group=group,
     )  # fmt: skip
 
 
 def _quiet(*, quick: bool) -> Iterator[Case]:
     """Healthy jobs, and one-step spikes."""
-    for i, layout in enumerate(LAYOUTS if not quick else ("fsdp",)):
-        yield Case(name=f"healthy-{layout}", layout=layout, steps=100 if quick else 150, options=("--seed", str(11 + i)))
-    yield Case(name="spike-ddp", layout="ddp", fault="spike:rank=1,step=40", steps=80)
+    for i, layout in enumerate(("fsdp",) if quick else LAYOUTS):
+        yield Case(name=f"healthy-{layout}", kind="healthy", layout=layout, steps=100 if quick else 150, options=("--seed", str(11 + i)))
+    yield Case(name="spike-ddp", kind="spike", layout="ddp", fault="spike:rank=1,step=40", steps=80)
     if not quick:
-        yield Case(name="spike-pp", layout="pp", fault="spike:rank=2,step=40", steps=80)
-        yield Case(name="healthy-session-fsdp", layout="fsdp", steps=100, options=("--session",))
-        yield Case(name="healthy-accumulate-ddp", layout="ddp", steps=100, options=("--accumulate", "2"))
+        yield Case(name="spike-pp", kind="spike", layout="pp", fault="spike:rank=2,step=40", steps=80)
+        yield Case(name="healthy-session", kind="healthy", severity="with a session", layout="fsdp", steps=100, options=("--session",))
+        yield Case(name="healthy-accumulate", kind="healthy", severity="accumulating", layout="ddp", steps=100, options=("--accumulate", "2"))
+
+
+def many(*, quick: bool) -> list[Case]:
+    """Of eight ranks, which two cores bear with longer steps."""
+    options = ("--step-ms", "250")
+    stopped = Case(name="sigstop-8", kind="sigstop", layout="fsdp", world=8, fault="sigstop:rank=5,step=20", rank=5, kinds=("stopped",), stands=True, group="hang", options=options)
+    slow = Case(
+        name="slow-8", kind="slow", severity="20%", layout="ddp", world=8, fault="slow:rank=6,step=30,percent=20", rank=6, kinds=SLOW, also=("drift",), steps=80,
+        limit_steps=40, group="slow", options=options,
+    )  # fmt: skip
+    stuck = Case(name="stuck-8", kind="stuck", severity="in forward", layout="pp_dp", world=8, fault="stuck:rank=3,step=15,place=forward", rank=3, kinds=("hang",), stands=True, group="hang", options=options)  # fmt: skip
+    return [] if quick else [stopped, slow, stuck]
+
+
+# --- the benchmark ----------------------------------------------------------------------------------------------------------
+
+
+def run(bench: Bench, *, real: bool, overhead: bool) -> None:
+    """`scripts/bench watch --real`."""
+    if not real:
+        return
+    del overhead  # scripts/benchmarks/watch_cost.py
+    rows = []
+    for world, chosen in ((4, cases(quick=bench.quick)), (8, many(quick=bench.quick))):
+        if chosen:
+            rows += _all(bench.directory / f"w{world}", world, chosen)
+    bench.tables.append(watch_score.table([r for r in rows if not r.case.quiet], "real jobs with a fault"))
+    bench.tables.append(watch_score.table([r for r in rows if r.case.quiet], "real jobs without one that is to be named"))
+    if missed := watch_score.misses(rows):
+        bench.notes.append("real cases that did not go as they should:\n" + "\n".join(missed))
+    crashes = [r.seconds for r in rows if r.case.group == "crash" and r.named]
+    bench.aims += [
+        *watch_score.aims(rows),
+        Aim("crash: noticed on its node (median)", harness.median(crashes) if crashes else float("nan"), "<=", 0.1, " s"),
+        Aim("false verdicts in real jobs without a fault", float(sum(r.false_reports for r in rows if r.case.quiet)), "<=", 0.0),
+    ]  # fmt: skip
+    bench.raw["real"] = watch_score.facts(rows)
+
+
+def _all(directory: Path, world: int, chosen: list[Case]) -> list[watch_score.Row]:
+    rows = []
+    with harness.daemon(directory / "d"), Ranks(directory / "r", world, directory / "d") as ranks:
+        for case in chosen:
+            timeline = ranks.run(case)
+            rows.append(score(case, timeline))
+            print(line(rows[-1], timeline), file=sys.stderr, flush=True)
+    return rows
 
 
 def main() -> None:
-    """Run some cases by hand: watch_real.py DIR NAME...; NAME is a part of a case's name."""
+    """Some cases by hand: python -m benchmarks.watch_real DIR NAME...; NAME is a part of a case's name."""
     directory, words = Path(sys.argv[1]), sys.argv[2:]
-    chosen = [c for c in cases(quick=False) if not words or any(w in c.name for w in words)]
-    with harness.daemon(directory / "d"), Ranks(directory / "r", 4, directory / "d") as ranks:
-        for case in chosen:
-            began_s = time.monotonic()
-            timeline = ranks.run(case)
-            s = score(case, timeline)
-            print(
-                f"{case.name:24} rank {case.rank} {'/'.join(case.kinds) or 'quiet':20} -> {s.kind or '-':16} {list(s.ranks)} "
-                f"{'ok' if (case.quiet and not s.false_alarms) or (s.right_rank and s.right_cause and not s.false_alarms) else 'WRONG'} "
-                f"{s.latency_s:.2f} s {s.latency_steps} steps (usual {s.usual_ms:.0f} ms; {len(timeline.steps)} steps; codes {timeline.codes}; "
-                f"{time.monotonic() - began_s:.0f} s) {s.cause} {' | '.join(s.false_alarms)}", flush=True,
-            )  # fmt: skip
+    for world, given in ((4, cases(quick=False)), (8, many(quick=False))):
+        if chosen := [c for c in given if not words or any(w in c.name for w in words)]:
+            _all(directory / f"w{world}", world, chosen)
 
 
 if __name__ == "__main__":
