@@ -284,7 +284,7 @@ def test_every_module_says_what_it_is() -> None:
 
 def test_nothing_is_left_over() -> None:
     """What merges, editors and compilers leave is no part of the package (the extension is built where the package is)."""
-    kinds = {".py", ".pyi", ".c", ".cpp", ".h", ".so", ".md", ".json", ".service", ".typed", ".pyc"}
+    kinds = {".py", ".pyi", ".c", ".cpp", ".h", ".so", ".html", ".md", ".json", ".service", ".typed", ".pyc"}
     rooms = [ROOT / "ckptd", *(ROOT / room for room in ROOMS)]
     assert not [str(p.relative_to(ROOT)) for room in rooms for p in room.rglob("*") if p.is_file() and p.suffix not in kinds and p.name != "py.typed"]
 
