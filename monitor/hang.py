@@ -455,10 +455,10 @@ class Patience:
         """So long a phase was, or is."""
         self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), seconds)
 
-    def pause_s(self) -> float:
-        """99.9th percentile of steps outside of phases."""
+    def pause_s(self, beyond: float = 0.01) -> float:
+        """Of steps outside of phases: this part of them is longer."""
         total = sum(self._counts)
-        left = total * 0.001
+        left = total * beyond
         for i in range(self.BINS - 1, -1, -1):
             left -= self._counts[i]
             if left < 0.0:
@@ -476,7 +476,7 @@ class Patience:
         if pulse.phases & LONG or (pulse.phases & 1 << record.DATA and self._longest_s.get(record.DATA, 0.0) > s.hang_s):
             own = max((self._longest_s.get(k, 0.0) for k in PHASES if pulse.phases >> k & 1), default=0.0)
             usual = max(usual, s.hang_factor * own if own else s.phase_s)
-        return max(usual, s.busy_s) if busy else usual
+        return max(usual, s.busy_s, s.hang_factor * self.pause_s(0.001)) if busy else usual
 
     def _add(self, seconds: float) -> None:
         at = min(max(int((log10(seconds) + 4) * self.PER_DECADE), 0), self.BINS - 1)

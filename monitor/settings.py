@@ -17,7 +17,7 @@ class Settings:
     hang_s: float = 2.0
     """No rank is said to hang before it has stood still for this long."""
     hang_factor: float = 4.0
-    """... nor before this multiple of the longest pause (99.9th percentile) that the job itself makes."""
+    """... nor before this multiple of the long pauses that the job itself makes (99th percentile; 99.9th for a rank that uses its processor)."""
     start_s: float = 300.0
     """Until the job's first steps: imports, compilation, first batches. Evidence that needs no patience (a dead rank, a mismatch, a cycle) does not wait for it."""
     phase_s: float = 120.0

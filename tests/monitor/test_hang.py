@@ -92,6 +92,22 @@ def test_a_rank_that_left_one_out_and_waits_elsewhere():
     assert (found.kind, found.ranks) == ("deadlock", (0,))
 
 
+def test_two_members_are_no_majority_but_the_job_is():
+    pulses = [pulse(r, [row(TP0 if r < 2 else TP1, 5, 4, op=BROADCAST if r == 1 else ALL_REDUCE)]) for r in range(4)]
+    found = [f for f in look(pulses, TWO_D) if f.kind == "desync"]
+    assert only(found).ranks == (1,)
+    pulses = [pulse(r, [row(TP0, 5, 4, op=BROADCAST if r == 1 else ALL_REDUCE)]) for r in range(2)]
+    assert only(look(pulses, {TP0: [0, 1]})).ranks == (0, 1)
+
+
+def test_who_waits_in_what_a_stopped_rank_has_entered_is_no_root():
+    """1 is stopped inside; 0 waits with it; 2 receives from 0."""
+    receives = pulse(2, [row(DP0, 3, 3, p2p_op=RECV, p2p_open=True, p2p_peer=0, p2p_entered=7, p2p_done=6, p2p_since_ms=3000)])
+    pulses = [pulse(0, [row(TP0, 5, 4)]), pulse(1, [row(TP0, 5, 4)], state="T"), receives]
+    found = only(look(pulses, {TP0: [0, 1], DP0: [0, 2]}))
+    assert (found.kind, found.ranks) == ("stopped", (1,))
+
+
 def test_nobody_is_missing():
     pulses = [pulse(r, [row(WORLD, 45, 44)]) for r in range(4)]
     found = only(look(pulses, {WORLD: range(4)}))
