@@ -18,16 +18,18 @@ import os
 import re
 import struct
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import zstandard
 
 from ckptd.errors import BadArgument, BadForeign, NewerFormat, NotFound
-from ckptd.monitor import events
+from ckptd.monitor import events, record
 from ckptd.monitor.engine import Ask, Concluded, Engine
 from ckptd.monitor.report import Finding, Report, Verdict
 from ckptd.monitor.settings import Settings
@@ -43,6 +45,7 @@ PARTS = 8
 BYTES_MAX = 256 << 20
 QUEUE_MAX = 4096
 LEVEL = 3
+STEPS_SHOWN = 20_000
 
 _NAME = re.compile(rf"run-.*-\d+-\d+-(\d+)\{SUFFIX}")
 
@@ -304,3 +307,39 @@ class Replayed:
         if entry.report is not None:
             self.reports += 1
             self.steps += len(entry.report.steps)
+
+
+# --- a trace ----------------------------------------------------------------------------------------------------------------
+
+
+def windows(parts: list[Path]) -> dict[str, Any]:
+    """The steps of a recorded run, as `trace_export.render` takes them: its newest STEPS_SHOWN per rank.
+
+    Steps are summaries: where in a step its parts lay is not known. Ranks are placed by their own clocks, and nodes by when their reports came: good to the eye, not
+    to the millisecond.
+    """
+    entries = read(parts)
+    header = next(entries)
+    steps: dict[int, deque[tuple[int, int, int]]] = {}
+    nodes: dict[int, int] = {}
+    late_ns: dict[int, int] = {}
+    """Node -> the least that its reports came after what they tell: what places its clock."""
+    newest_ns, newest_s = 0, 0.0
+    for entry in entries:
+        if not isinstance(entry, Entry) or entry.report is None:
+            continue
+        newest_ns, newest_s = int(entry.now_s * 1e9), entry.wall_s
+        for s in entry.report.steps:
+            nodes[s.rank] = entry.report.node
+            late_ns[entry.report.node] = min(late_ns.get(entry.report.node, 1 << 62), newest_ns - s.ended_ns)
+            steps.setdefault(s.rank, deque(maxlen=STEPS_SHOWN)).append((s.ended_ns, s.wall_us, s.step))
+    ranks = []
+    for rank, told in sorted(steps.items()):
+        records = np.zeros(2 * len(told), record.RECORD)
+        for i, (ended_ns, wall_us, step) in enumerate(told):
+            end = max(1, ended_ns + late_ns[nodes[rank]])
+            begin = max(1, end - wall_us * 1000)
+            records[2 * i] = (1, begin, end, end, step, 0, step & 0xFFFFFFFF, record.NO_GROUP, record.TRAIN, 0, record.MARK, -1, 0, 0)
+            records[2 * i + 1] = (1, end, end, end, step, 0, step & 0xFFFFFFFF, record.NO_GROUP, record.STEP, 0, record.MARK, -1, 0, 0)
+        ranks.append({"job": header.job if isinstance(header, Header) else "", "rank": rank, "pid": 0, "records": records, "groups": []})
+    return {"ranks": ranks, "verdicts": [], "now_ns": newest_ns, "now_s": newest_s}

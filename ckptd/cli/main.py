@@ -12,7 +12,7 @@ from importlib import import_module
 from ckptd import __version__
 from ckptd.errors import CkptdError
 
-VERBS = ("run", "daemon", "status", "ls", "inspect", "verify", "convert", "diff", "selftest", "doctor", "plan")
+VERBS = ("run", "daemon", "status", "ls", "inspect", "verify", "convert", "diff", "analyze", "selftest", "doctor", "plan")
 EPILOG = """exit status: 0 done; 1 an error without a class; 2 bad usage; 10 bad argument; 11 state that cannot be stored;
 12 keys that do not match; 13 snapshots exist and were not restored; 14 not found; 20 bad image; 21 bad manifest or index;
 22 newer format; 23 checksum mismatch; 24 boxes do not tile; 25 another system's checkpoint is malformed; 26 copies of one
