@@ -41,6 +41,7 @@ from torch.distributed.launcher import api as launcher_api
 from ckptd import acts, elastic, plugin, spawn
 from ckptd.channel import Pipe, connect, socket_path
 from ckptd.core import wire
+from ckptd.core.rendezvous import TEXT_MAX
 from ckptd.errors import BadArgument, CkptdError, DaemonUnreachable
 from ckptd.storage import absolute
 from ckptd.trace import mark
@@ -249,7 +250,7 @@ class Keeper:
     def answer(self, acted: wire.Acted) -> None:
         """Any thread: tell the daemon what became of an Act."""
         log.warning("verdict %d: %s%s", acted.verdict, "" if acted.done else "refused: ", acted.what)
-        self.tell(acted)
+        self.tell(wire.Acted(verdict=acted.verdict, done=acted.done, what=acted.what[:TEXT_MAX]))
 
     def tell(self, message: wire.Message) -> None:
         """Any thread: say something to the daemon."""

@@ -54,7 +54,7 @@ class Line:
         return wire.Hello(id=number, job=self.job, role="tap", rank=self.tap.rank)
 
     def _watch(self, number: int) -> wire.Watch:
-        return wire.Watch(id=number, job=self.job, rank=self.tap.rank, attempt=self.attempt, policy=os.environ.get("CKPTD_POLICY", ""))
+        return wire.Watch(id=number, job=self.job, rank=self.tap.rank, attempt=self.attempt, policy=os.environ.get("CKPTD_ON_FAULT", ""))
 
     def identify(self, job: str, attempt: int) -> None:
         """Job and attempt became known: say so, on a line of that job."""

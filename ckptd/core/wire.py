@@ -340,7 +340,7 @@ class Act(Message, frozen=True, kw_only=True):
     attempt: int
     action: Text
     ranks: list[int]
-    why: Text
+    why: Annotated[str, Meta(max_length=1024)]
 
 
 class Ending(Message, frozen=True, kw_only=True):

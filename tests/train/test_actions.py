@@ -114,6 +114,7 @@ def test_an_act_comes_over_the_line_and_is_answered(tmp_path):
 
     (tmp_path / "d").mkdir(mode=0o700)
     heard: list = []
+    asked = act(verdict=7, attempt=2, action="evict", ranks=[1], why="who waits for whom " * 50)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(tmp_path / "d" / "daemon.sock"))
         listener.listen(8)
@@ -126,7 +127,7 @@ def test_an_act_comes_over_the_line_and_is_answered(tmp_path):
                     for m in pipe.read():
                         heard.append(m)
                         if isinstance(m, wire.Hello) and m.role == "keeper":
-                            pipe.put(act(verdict=7, attempt=2, action="evict", ranks=[1]))
+                            pipe.put(asked)
                         if isinstance(m, wire.Status):
                             status = {"jobs": {"job": {"attempt": 2, "committed": [2, 9], "protected": [2, 8], "persisted": None, "group": {"parity": 1}}}}
                             pipe.put(wire.Report(id=m.id, status=status))
@@ -150,13 +151,13 @@ def test_an_act_comes_over_the_line_and_is_answered(tmp_path):
             while not keeper.acts and time.monotonic() < until:
                 time.sleep(0.01)
             ordered = keeper.acts.popleft()
-            assert ordered.act == act(verdict=7, attempt=2, action="evict", ranks=[1])
+            assert ordered.act == asked
             keeper.look()
             assert (keeper.attempt, keeper.committed, keeper.spared) == (2, [2, 9], 1)
-            keeper.answer(wire.Acted(verdict=7, done=True, what="slot 1 is left out"))
+            keeper.answer(wire.Acted(verdict=7, done=True, what="slot 1 is left out" + "." * 999))
             while not any(isinstance(m, wire.Acted) for m in heard) and time.monotonic() < until:
                 time.sleep(0.01)
-            assert [m for m in heard if isinstance(m, wire.Acted)] == [wire.Acted(verdict=7, done=True, what="slot 1 is left out")]
+            assert [m for m in heard if isinstance(m, wire.Acted)] == [wire.Acted(verdict=7, done=True, what="slot 1 is left out".ljust(255, "."))]
         finally:
             keeper.stop(forget=False)
             listener.shutdown(socket.SHUT_RDWR)
