@@ -1,4 +1,4 @@
-"""A rank of the tests on a GPU: `python ranks.py RANK WORLD STORE_FILE DEVICE CASE` prints one JSON line of what its ring says of its own operations.
+"""A rank of the tests on a GPU: `python ranks.py RANK WORLD STORE_FILE DEVICE CASE...` prints one JSON line: case -> what its ring says of its own operations.
 
 Two ranks may share one GPU: NCCL refuses that within a host, and it takes NCCL_HOSTID's word for what a host is. So collectives of two ranks, with kernels, channels and
 proxies over sockets, can be had on one device; they are slow (their kernels take turns), and real.
@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -41,19 +42,19 @@ class Rank:
     def tensor(self, n: int = ELEMENTS, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.ones(n, dtype=dtype, device=self.device)
 
-    def settle(self) -> None:
+    def settle(self, seconds: float = 0.2) -> None:
         """Everything done, and told by whoever tells it."""
         if self.cuda:
             torch.cuda.synchronize()
-        time.sleep(0.3)
+        time.sleep(seconds)
 
-    def mark(self) -> None:
+    def mark(self, settled: float = 0.2) -> None:
         """What follows is a case of its own."""
-        self.settle()
+        self.settle(settled)
         self.begin = self.tap.ring.word("head")
 
-    def records(self) -> list[dict]:
-        self.settle()
+    def records(self, settled: float = 0.2) -> list[dict]:
+        self.settle(settled)
         found = []
         for r in self.tap.ring.read(self.begin).records:
             mark = bool(r["flags"] & record.MARK)
@@ -86,10 +87,12 @@ class Rank:
 
 
 def ops(r: Rank) -> dict:
-    """Each operation once."""
+    """Each operation once, and all of them timed."""
+    nccl.times(1)
     x, out = r.tensor(), r.tensor(ELEMENTS * r.world)
     other = (r.rank + 1) % r.world
-    dist.all_reduce(x)  # the first makes the communicator
+    for _ in range(2):  # the first makes the communicator, and the times take effect with the next group
+        dist.all_reduce(x)
     r.mark()
     dist.all_reduce(x)
     dist.all_gather_into_tensor(out, x)
@@ -160,21 +163,20 @@ def waits(r: Rank) -> dict:
 
 
 def timing(r: Rank) -> dict:
-    """Device times by the tap beside those of torch's events around the same operation; big and small in turns."""
+    """Device times by the tap beside those of torch's events around the same operation; small and big in turns. The tap times some of them."""
     found = []
-    outs = {n: (r.tensor(n), r.tensor(n * r.world)) for n in (1 << 16, 1 << 22, 1 << 26)}
+    sizes = (1 << 16, 1 << 22, 1 << 26)
+    outs = {n: (r.tensor(n), r.tensor(n * r.world)) for n in sizes}
     for x, out in outs.values():
         dist.all_gather_into_tensor(out, x)
-    nccl.times(1)
-    dist.all_gather_into_tensor(*reversed(outs[1 << 16]))
-    for n in (1 << 16, 1 << 22, 1 << 26) * 3:
+    for n in sizes * 16:
         x, out = outs[n]
-        r.mark()
+        r.mark(0.01)
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         began.record()
         dist.all_gather_into_tensor(out, x)
         ended.record()
-        ops_ = [f for f in r.records() if not f["mark"]]
+        ops_ = [f for f in r.records(0.03) if not f["mark"]]
         found.append({"bytes": x.nbytes, "event_us": round(began.elapsed_time(ended) * 1e3, 1), "records": len(ops_), "inside_us": ops_[0]["inside_us"]})
     return {"timed": found}
 
@@ -219,15 +221,21 @@ CASES = {f.__name__: f for f in (ops, straggler, graph, waits, timing, cost)}
 
 
 def main() -> None:
-    rank, world, store, device, case = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
+    rank, world, store, device = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
     r = Rank(rank, world, store, device)
-    said = CASES[case](r)
+    said = {"rank": rank, "plugin": r.plugin.active, "why": r.plugin.why, "attached": r.attached}
+    for case in sys.argv[5:]:
+        nccl.times(16)
+        before = nccl.counts()
+        try:
+            said[case] = CASES[case](r)
+        except Exception:  # the other cases say what they can; one that leaves its peer alone ends by the timeout
+            said[case] = {"failed": traceback.format_exc()[-2000:]}
+            print(said[case]["failed"], file=sys.stderr, flush=True)
+        said[case] |= {"layer": r.tap.layer, "errors": r.tap.ring.word("errors"), "device_lost": r.tap.ring.word("device_lost")}
+        said[case]["counts"] = {k: v - before[k] for k, v in nccl.counts().items()}
     dist.barrier()
-    said |= {
-        "rank": rank, "layer": r.tap.layer, "plugin": r.plugin.active, "why": r.plugin.why, "attached": r.attached, "counts": nccl.counts(),
-        "errors": r.tap.ring.word("errors"), "device_lost": r.tap.ring.word("device_lost"),
-    }  # fmt: skip
     dist.destroy_process_group()
     print(json.dumps(said), flush=True)
 

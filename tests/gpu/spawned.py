@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def run_ranks(world: int, device: str, case: str, *, timeout_s: float = 90.0, env: dict[str, str] | None = None) -> list[dict]:
-    """One JSON object per rank. Raises AssertionError with their last words if one fails, or all are not done by the deadline."""
+def run_ranks(world: int, device: str, *cases: str, timeout_s: float = 90.0, env: dict[str, str] | None = None) -> list[dict]:
+    """One JSON object per rank: what each case found, by its name. Raises AssertionError with their last words if one fails, or all are not done by the deadline."""
     with tempfile.TemporaryDirectory() as scratch:
         common = {k: v for k, v in os.environ.items() if not k.startswith(("NCCL_PROFILER", "CKPTD_NCCL"))}
         common |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1", **(env or {})}
@@ -25,7 +25,7 @@ def run_ranks(world: int, device: str, case: str, *, timeout_s: float = 90.0, en
         processes = []
         for r in range(world):
             own = common | ({"NCCL_HOSTID": f"ckptd-test-{r}"} if world > 1 and device == "cuda" else {})
-            command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(r), str(world), f"{scratch}/store", device, case]
+            command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(r), str(world), f"{scratch}/store", device, *cases]
             with logs[r][0].open("wb") as out, logs[r][1].open("wb") as err:
                 processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=err, start_new_session=True))
         until = time.monotonic() + timeout_s
