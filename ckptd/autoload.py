@@ -20,17 +20,20 @@ def register() -> None:
     with contextlib.suppress(Exception):  # torch would refuse to be imported
         c10d = sys.modules.get("torch.distributed.distributed_c10d")
         if c10d is not None:
-            _replace("init_process_group", c10d, _after_init)
+            _replace("init_process_group", c10d, _after_init, _before_init)
             _replace("destroy_process_group", c10d, _after_destroy)
 
 
-def _replace(name: str, owner: Any, after: Any) -> None:
+def _replace(name: str, owner: Any, after: Any, before: Any = None) -> None:
     original = getattr(owner, name)
     if getattr(original, "_ckptd", False):
         return
 
     @functools.wraps(original)
     def replaced(*args: Any, **options: Any) -> Any:
+        if before is not None:
+            with contextlib.suppress(Exception):
+                before()
         said = original(*args, **options)
         with contextlib.suppress(Exception):  # never into the user's code
             after()
@@ -42,8 +45,20 @@ def _replace(name: str, owner: Any, after: Any) -> None:
             setattr(module, name, replaced)
 
 
+def _is_rank() -> bool:
+    return "RANK" in os.environ or os.environ.get("CKPTD_TAP", "0") != "0"
+
+
+def _before_init() -> None:
+    """NCCL takes its profiler plugin with the first communicator, which may be made right here."""
+    if _is_rank() and os.environ.get("CKPTD_TAP", "") != "0" and os.path.exists("/dev/nvidiactl"):  # noqa: PTH110  no pathlib for one question in every process that imports torch
+        from ckptd.monitor import nccl
+
+        nccl.enable()
+
+
 def _after_init() -> None:
-    if "RANK" in os.environ or os.environ.get("CKPTD_TAP", "0") != "0":
+    if _is_rank():
         from ckptd import tapline
 
         line = tapline.ensure()

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ckptd.errors import BadArgument
-from ckptd.monitor import record
+from ckptd.monitor import nccl, record
 from ckptd.monitor.marks import Marks
 from ckptd.monitor.ring import Ring
 from ckptd.monitor.tap_writer import Writer, fill_header
@@ -220,6 +220,7 @@ def attach() -> Tap | None:
             os.register_at_fork(after_in_child=lambda: _forked(tap))
             atexit.register(tap.ending)
             _current = tap
+            nccl.attach(tap.ring)
         except Exception:
             log.debug("no tap", exc_info=True)
         return _current
