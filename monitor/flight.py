@@ -9,7 +9,8 @@ What dumps do not say, and what is done about it
 - a moment: dumps are written one after another. If ranks have completed several operations that another has not entered, the dumps are of different moments,
   and nothing is concluded from them;
 - members: NCCL's `pg_config` lists them by group; gloo writes one entry under "" and overwrites it per group, so members are those that entered something,
-  and of the default group all ranks. A rank without a dump is named as such.
+  and of the default group all ranks. A rank without a dump is named as such where members are told;
+- sends and receives: gloo records none.
 
 Signatures: type, and where members may not differ, sizes, and dtype. Source of the fields: torch/csrc/distributed/c10d/FlightRecorderDetail.hpp of torch 2.13.
 """
@@ -21,11 +22,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import xxhash
+from msgspec import Meta
 
 from ckptd.core import pickles
 from ckptd.errors import BadForeign, NotFound
@@ -36,14 +38,17 @@ from ckptd.monitor.ring import Group
 FILE_BYTES_MAX = 256 << 20
 ENTRIES_MAX = 1 << 20
 RANKS_MAX = 1 << 16
+TEXT_MAX = 1 << 20
 FRAMES_SHOWN = 6
 UNKNOWN_END_NS = 1000
+OWN = "ckptd-tap"
+"""A group of one in which ckptd's tap tries itself; all ranks' have this name."""
 SKEW_MAX = 1
 """Operations that ranks may seem to have completed without another one: the one that failed."""
 
 _BACKEND = re.compile(r"^[a-z_]+:")
-_PEER = re.compile(r"(send|recv)\s+(\d+)\s*(->|<-)\s*(\d+)")
-_RANK = re.compile(r"(\d+)$")
+_PEER = re.compile(r"(send|recv)\s+(\d{1,6})\s*(->|<-)\s*(\d{1,6})\b")
+_RANK = re.compile(r"(?<!\d)(\d{1,6})$")
 _OPS = {
     "allreduce": "all_reduce", "_all_gather_base": "all_gather", "allgather": "all_gather", "all_gather_into_tensor": "all_gather",
     "_allgather_base": "all_gather", "_reduce_scatter_base": "reduce_scatter", "_reduce_scatter_tensor_coalesced": "reduce_scatter_coalesced",
@@ -59,13 +64,16 @@ UNEVEN = frozenset({"all_gather", "reduce_scatter", "all_to_all", "gather", "sca
 """Members may bring different sizes, or the one that gives or takes brings more than the others."""
 
 
+Number = Annotated[int, Meta(ge=-(1 << 31), le=1 << 62)]
+
+
 class Entry(msgspec.Struct):
     """One operation, as far as it is used."""
 
     process_group: list[Any] = []
     pg_id: int = 0
-    collective_seq_id: int = 0
-    p2p_seq_id: int = 0
+    collective_seq_id: Number = 0
+    p2p_seq_id: Number = 0
     profiling_name: str = ""
     input_sizes: list[Any] = []
     input_dtypes: list[Any] = []
@@ -73,8 +81,8 @@ class Entry(msgspec.Struct):
     state: str = ""
     is_p2p: bool = False
     frames: list[Any] = []
-    time_created_ns: int = 0
-    time_discovered_completed_ns: int | None = None
+    time_created_ns: Number = 0
+    time_discovered_completed_ns: Number | None = None
 
     @property
     def group(self) -> str:
@@ -105,7 +113,7 @@ class Dump(msgspec.Struct):
     version: str = ""
     entries: list[Entry] = []
     pg_config: dict[str, dict[str, Any]] = {}
-    pg_status: dict[str, dict[str, int]] = {}
+    pg_status: dict[str, dict[str, Number]] = {}
 
 
 @dataclass
@@ -132,6 +140,8 @@ class Job:
     texts: dict[int, str] = field(default_factory=dict)
     ops: dict[int, Entry] = field(default_factory=dict)
     frames: dict[int, str] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
+    """Groups whose members were told, not inferred."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -180,13 +190,15 @@ def gather(dumps: Iterable[tuple[int, Dump]]) -> Job:
         job.ranks.append(rank)
         _take(job, rank, dump)
         for key, config in dump.pg_config.items():
-            members = [int(n) for n in re.findall(r"\d+", str(config.get("ranks", "")))[:RANKS_MAX]]
+            members = [int(n) for n in re.findall(r"\b\d{1,6}\b", str(config.get("ranks", ""))[:TEXT_MAX])[:RANKS_MAX]]
             configured.setdefault(key, set()).update(m for m in members if m < RANKS_MAX)
     world = max([*job.ranks, *(m for members in configured.values() for m in members)], default=-1) + 1
     job.ranks.sort()
     job.absent = sorted(set(range(world)) - set(job.ranks))
     for name, by_rank in job.standings.items():
         everyone = range(world) if name in {"0", "default_pg"} else ()
+        if configured.get(name):
+            job.known.add(name)
         job.members[name] = sorted({*by_rank, *everyone, *(configured.get(name, ()) if name else ())})
     return job
 
@@ -194,6 +206,8 @@ def gather(dumps: Iterable[tuple[int, Dump]]) -> Job:
 def _take(job: Job, rank: int, dump: Dump) -> None:
     by_group: dict[str, list[Entry]] = {}
     for entry in dump.entries[-ENTRIES_MAX:]:
+        if entry.group == OWN:
+            continue
         by_group.setdefault(entry.group, []).append(entry)
     for name, entries in by_group.items():
         collectives = [e for e in entries if not e.is_p2p and e.collective_seq_id > 0]
@@ -290,7 +304,8 @@ def _peer(job: Job, name: str, rank: int, match: re.Match[str] | None) -> int:
     if match is None:
         return -1
     members, peer = job.members[name], int(match[4])
-    return members[peer] if peer < len(members) and members[int(match[2])] == rank else peer
+    mine = int(match[2])
+    return members[peer] if max(peer, mine) < len(members) and members[mine] == rank else peer
 
 
 def _first_differences(job: Job) -> dict[str, int]:
@@ -343,7 +358,8 @@ def _told(job: Job, finding: Finding, differs: Mapping[str, int]) -> Finding:
         what = job.texts.get(int(s.signatures[place]), "") if 0 <= place < len(s.seqs) else ""
         evidence.append(Evidence(f"rank {r} entered", f"operation {at or s.entered}: {what}"))
     evidence += [Evidence(f"rank {r} called it in", job.frames[r]) for r in shown if job.frames.get(r)]
-    return msgspec.structs.replace(finding, evidence=tuple(evidence))
+    cause = "all that left a dump entered it, and nobody has left it" if finding.kind == "comm-hang" and name not in job.known else finding.cause
+    return msgspec.structs.replace(finding, evidence=tuple(evidence), cause=cause)
 
 
 def _waits(job: Job, graph: hang.Graph) -> list[dict[str, Any]]:
@@ -368,7 +384,7 @@ def windows(dumps: Iterable[tuple[int, Dump]], job: Job) -> dict[str, Any]:
         for i, e in enumerate(dump.entries):
             ended_ns = max(e.time_discovered_completed_ns or 0, e.time_created_ns + UNKNOWN_END_NS)
             records[i] = (
-                i + 1, max(0, e.time_created_ns), ended_ns, ended_ns, min(e.bytes, 1 << 62), (e.p2p_seq_id if e.is_p2p else e.collective_seq_id) & 0xFFFFFFFF, 0,
+                i + 1, max(0, e.time_created_ns), ended_ns, ended_ns, min(max(e.bytes, 0), 1 << 62), (e.p2p_seq_id if e.is_p2p else e.collective_seq_id) & 0xFFFFFFFF, 0,
                 min(names.index(e.group), record.NO_GROUP), _op_number(e), _dtype_number(e), record.P2P if e.is_p2p else 0, _written_peer(e), 0, 0,
             )  # fmt: skip
             newest_ns = max(newest_ns, ended_ns)
