@@ -78,6 +78,8 @@ class Settings:
     labels: Mapping[str, str] = field(default_factory=dict)
     """Failure domains of this node: kind -> name."""
     watch: bool = True
+    evict_after_s: float = 60.0
+    """A rank must have been slow for this long before it may be evicted."""
     faces: faces.FaceSettings = field(default_factory=faces.FaceSettings)
 
     def __post_init__(self) -> None:
@@ -129,7 +131,7 @@ class Daemon:
         self.tiers: dict[str, Tier] = {}
         self.protection = protect.Protection(self)
         self.members = members.Members()
-        self.watcher = watcher.Watcher(self, enabled=settings.watch)
+        self.watcher = watcher.Watcher(self, watcher.EngineSettings(evict_after_s=settings.evict_after_s), enabled=settings.watch)
         self.faces = faces.Faces(self, settings.faces)
         self.ballots: dict[str, Ballots] = defaultdict(Ballots)
         self.suspicions: deque[tuple[str, int, Suspicion]] = deque(maxlen=ERRORS_KEPT)

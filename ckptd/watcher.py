@@ -112,7 +112,7 @@ class Job:
 class Watcher:
     """All jobs that this daemon watches."""
 
-    def __init__(self, daemon: Daemon, *, enabled: bool = True) -> None:
+    def __init__(self, daemon: Daemon, settings: EngineSettings, *, enabled: bool = True) -> None:
         self._daemon = daemon
         self.jobs: dict[str, Job] = {}
         self.host = socket.gethostname()[:64]
@@ -123,7 +123,7 @@ class Watcher:
         self._recorder: Callable[[recorded.Header], recorded.Writer] | None = None
         self._asked: dict[int, tuple[str, int, str, int, float]] = {}
         self._numbers = 0
-        self.engine_settings = EngineSettings()
+        self.engine_settings = settings
 
     async def run(self) -> None:
         """Look at all rings, again and again, until cancelled."""
@@ -301,6 +301,8 @@ class Watcher:
             state = "raised" if ring.word("done") == record.RAISED else "dead"
         elif idle_ms >= IDLE_MS // 2 or full:
             state, where = _state_of(r.pid, ring.word("thread") or r.pid)
+            if state == "dead" and r.ending:  # /proc knows before its pidfd has told us
+                state = "closed"
         phases = ring.word("phases")
         now_ns = time.monotonic_ns()
         cpu = r.steps.samples.cpu_ns
@@ -459,7 +461,7 @@ class Watcher:
                 self._acted(client, m)
             case wire.Ending() if client.role == "keeper" and client.job in self.jobs:
                 for r in self.jobs[client.job].ranks.values():
-                    r.ending = not r.gone
+                    r.ending = r.ending or not r.gone
 
     def _acted(self, client: Client, m: wire.Acted) -> None:
         job = self.jobs.get(client.job)

@@ -28,6 +28,7 @@ def add_parser(verbs: Any) -> None:
     )  # fmt: skip
     w = p.add_argument_group("watching", "who is slow, who hangs, and why: on by default (monitor/README.md)")
     w.add_argument("--no-watch", action="store_true", help="do not watch: taps are told to stop writing")
+    w.add_argument("--evict-after-s", type=float, default=60.0, metavar="S", help="a rank must have been slow for S seconds before it may be evicted (`ckptd run --on-fault evict`; default %(default)s)")
     w.add_argument("--http", default="127.0.0.1:0", metavar="HOST:PORT", help="page, metrics, status and trace (default %(default)s, any free port: `ckptd status` says which)")
     w.add_argument("--no-http", action="store_true", help="serve nothing over HTTP")
     w.add_argument("--http-remote", action="store_true", help="allow --http off loopback: whoever reaches it can read the jobs' status")
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             persist_timeout_s=args.persist_timeout_s,
             labels=dict(args.label),
             watch=not args.no_watch,
+            evict_after_s=args.evict_after_s,
             faces=faces.FaceSettings(
                 http="" if args.no_http else args.http, http_remote=args.http_remote, http_names=tuple(args.http_name), events=args.events,
                 webhook_file=args.webhook_file, webhook_private=args.webhook_private, record=args.record,
