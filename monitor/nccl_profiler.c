@@ -213,7 +213,7 @@ static const struct { const char *func; uint8_t op; uint32_t fits; } FUNCS[] = {
     {"Scatter", CKPTD_SCATTER, OP(SCATTER)},
     {"SendRecv", CKPTD_SEND, OP(SEND) | OP(RECV) | OP(ALL_TO_ALL)},
 };
-#define MANY (OP(ALL_TO_ALL) | OP(GATHER) | OP(SCATTER) | OP(ALL_REDUCE_COALESCED) | OP(ALL_GATHER_COALESCED) | OP(REDUCE_SCATTER_COALESCED) | OP(BARRIER))
+#define MANY (OP(ALL_TO_ALL) | OP(GATHER) | OP(SCATTER) | OP(ALL_REDUCE_COALESCED) | OP(ALL_GATHER_COALESCED) | OP(REDUCE_SCATTER_COALESCED))
 
 static int func_of(const char *name) {
     for (size_t i = 0; name && i < sizeof FUNCS / sizeof *FUNCS; i++)
@@ -239,9 +239,11 @@ static uint32_t members_of(uint8_t *ring, const ckptd_ring_record *r) {
 // May this be the record of what NCCL was given? A group of another size is not this communicator (`ranks` 0: not told, before version 4). Where one call of c10d becomes
 // several of NCCL their bytes differ; of a reduce-scatter NCCL counts one rank's part.
 static bool fits(uint8_t *ring, const ckptd_ring_record *r, int func, uint64_t bytes, uint32_t ranks) {
-    if ((r->flags & (CKPTD_MARK | CKPTD_CAPTURED | CKPTD_DEVICE)) != CKPTD_DEVICE || r->op > 31 || !(FUNCS[func].fits >> r->op & 1)) return false;
+    if (r->flags & (CKPTD_MARK | CKPTD_CAPTURED) || r->op > 31 || !(FUNCS[func].fits >> r->op & 1)) return false;
     uint32_t members = members_of(ring, r);
     if (ranks && members && ranks != members) return false;
+    if (r->op == CKPTD_BARRIER) return bytes <= sizeof(double);  // c10d's barrier has no tensor that says where it is; over NCCL it is an all-reduce of one element
+    if (!(r->flags & CKPTD_DEVICE)) return false;
     return MANY >> r->op & 1 || r->bytes == bytes || r->bytes == bytes * (members ? members : ranks) || r->bytes == 0;
 }
 

@@ -192,7 +192,7 @@ class Blocks:
 
 
 def step(a: argparse.Namespace) -> None:
-    for step_ms in (150,) if a.quick else (60, 150, 400):
+    for step_ms in (150,) if a.quick else (60, 150, 300):
         directory = Path(tempfile.mkdtemp(prefix="ckptd-gpu-"))
         try:
             step_of(step_ms, directory, a)
@@ -215,7 +215,7 @@ def step_of(step_ms: int, directory: Path, a: argparse.Namespace) -> None:
     attach_s = time.perf_counter() - began
     blocks = Blocks(training, session, 6)
     took: dict[str, list[float]] = {"plain": [], "ours": [], "bare": []}
-    for round_ in range(4 if a.quick else 7):
+    for round_ in range(4 if a.quick else 6):
         for case, times in took.items():
             found = blocks.run(case)
             if round_:

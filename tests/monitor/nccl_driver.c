@@ -187,6 +187,13 @@ static void match(void) {
     show("cpu", i);
     show("called directly", i + 1);
 
+    i = tap(CKPTD_BARRIER, 0, 0);
+    one(context, "AllReduce", 1024, 9000, 1);
+    show("no barrier", i);
+    one(context, "AllReduce", 1, 9000, 1);
+    returned(i);
+    show("barrier", i);
+
     i = tap(CKPTD_REDUCE_SCATTER, 4096 * 4, CKPTD_DEVICE);
     one(context, "ReduceScatter", 1024, 7000, 1);
     returned(i);
