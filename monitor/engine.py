@@ -213,7 +213,7 @@ class Engine:
             return self._conclude("hang", [])
         standing = self.roll.standing(self._now_s, self._step)
         alive = [p for r, p in standing.pulses.items() if not self.roll.gone(r)]
-        if alive and all(p.state in hang.STOPPED for p in alive):  # a debugger, or a frozen machine: nobody is to blame
+        if alive and all(p.state in hang.STOPPED | hang.TRACED for p in alive):  # a debugger, or a frozen machine: nobody is to blame
             return []
         findings, self._graph = hang.look(standing)
         due = [f for f in findings if hang.overdue(f, standing, self.patience)]

@@ -39,8 +39,14 @@ PHASES = {
 }
 LONG = (1 << record.CHECKPOINT) | (1 << record.EVAL) | (1 << record.COMPILE) | (1 << record.RESTORE) | (1 << record.PROBE)
 GONE = frozenset({"dead", "raised", "Z", "X"})
-STOPPED = frozenset({"T", "t"})
+STOPPED = frozenset({"T"})
+TRACED = frozenset({"t"})
+"""So a process stands in a debugger, and for a moment while its stacks are read: with patience, it is stopped."""
+WILL_RUN = TRACED | {"R"}
+"""Others have the processor, or hold the process: no fault of its program."""
 RECEIVES = frozenset({record.OPS.index("recv"), record.OPS.index("recv_any")})
+TOGETHER = frozenset(record.OPS.index(n) for n in ("all_reduce", "all_gather", "barrier"))
+"""Nobody leaves these before everybody is in; and when they are done is known."""
 VICTIMS_MAX = 64
 
 
@@ -303,7 +309,9 @@ def _root(standing: Standing, rows: Mapping[int, Mapping[int, OpenOp]], graph: G
         row = next(row for row in rows[key].values() if row.entered == seq)
         op = name_of(row.op)
         waiters = [standing.pulses[v].step for v in victims]
-        if kind == "hang" and waiters and pulse.step > max(waiters):
+        if kind == "hang" and _left_behind(rows[key], rank):
+            kind, cause = "desync", "waits in an operation that the others have left: it was another one"
+        elif kind == "hang" and waiters and pulse.step > max(waiters):
             kind, cause = "desync", f"has gone on to step {pulse.step} without it"
         elif kind == "hang" and _between(rows, rank, graph):
             kind, cause = "comm-hang", "stands in an operation that all of another group have entered"
@@ -319,6 +327,14 @@ def _root(standing: Standing, rows: Mapping[int, Mapping[int, OpenOp]], graph: G
         kind=kind, ranks=(rank,), step=standing.step, since_step=pulse.step, strength=1.0, cause=cause, group=key, op=op, seq=seq,
         victims=tuple(sorted(set(victims)))[:VICTIMS_MAX], evidence=evidence,
     )  # fmt: skip
+
+
+def _left_behind(by_rank: Mapping[int, OpenOp], rank: int) -> bool:
+    """Whether the rank is in an operation that ends for all or nobody, and that all others have left."""
+    mine = by_rank.get(rank)
+    if mine is None or mine.entered <= mine.done or mine.op not in TOGETHER:
+        return False
+    return all(row.done >= mine.entered for r, row in by_rank.items() if r != rank)
 
 
 def _between(rows: Mapping[int, Mapping[int, OpenOp]], rank: int, graph: Graph) -> bool:
@@ -338,6 +354,7 @@ def _why(pulse: Pulse, *, busy: bool) -> tuple[str, str]:
         (pulse.state in GONE, "crash", f"the process is gone (signal {pulse.signal})" if pulse.signal else "the process is gone"),
         (pulse.state == "closed", "hang", "it ended in good order while others go on"),
         (pulse.state in STOPPED, "stopped", "the process is stopped"),
+        (pulse.state in TRACED, "stopped", "the process is held by a debugger"),
         (bool(pulse.phases & 1 << record.CHECKPOINT), "checkpoint-stall", "it stands in saving"),
         (bool(pulse.phases & 1 << record.DATA), "input-stall", "it waits for its data"),
         (pulse.state == "D", "io-blocked", f"it sleeps in the kernel ({pulse.where or 'uninterruptible'})"),
@@ -355,9 +372,10 @@ def _cycle(standing: Standing, rows: Mapping[int, Mapping[int, OpenOp]], graph: 
         return _root(standing, rows, graph, stopped[0])
     first = {r: graph.at[r][0][0] for r in members if r in graph.at}
     odd = _alone(rows, graph, members) or (odd_ones(first) if len(set(first.values())) > 1 else [])
-    key, seq = graph.at[(odd or list(first) or members)[0]][0] if first else (0, 0)
+    key, seq = next((graph.at[r][0] for r in (*odd, *first) if r in graph.at), (0, 0))
     row = next((row for row in rows.get(key, {}).values() if row.entered == seq), None)
     evidence = tuple(Evidence(signal=f"rank {r} waits in", value=f"group {graph.at[r][0][0]:x}, number {graph.at[r][0][1]}") for r in sorted(first)[:8])
+    evidence += tuple(Evidence(signal=f"rank {r} waits for", value=f"rank {graph.peers[r][0]}") for r in members if r in graph.peers)[:8]
     return Finding(
         kind="deadlock", ranks=tuple(odd or members), step=standing.step, since_step=standing.step, strength=1.0 if odd else 0.7,
         cause="stands against the others of its group: another order, or an operation left out" if odd else "wait for each other, each in another group", group=key,
@@ -476,7 +494,8 @@ class Patience:
         if pulse.phases & LONG or (pulse.phases & 1 << record.DATA and self._longest_s.get(record.DATA, 0.0) > s.hang_s):
             own = max((self._longest_s.get(k, 0.0) for k in PHASES if pulse.phases >> k & 1), default=0.0)
             usual = max(usual, s.hang_factor * own if own else s.phase_s)
-        return max(usual, s.busy_s, s.hang_factor * self.pause_s(0.001)) if busy else usual
+        patient = busy or pulse.state in WILL_RUN
+        return max(usual, s.busy_s, s.hang_factor * self.pause_s(0.001)) if patient else usual
 
     def _add(self, seconds: float) -> None:
         at = min(max(int((log10(seconds) + 4) * self.PER_DECADE), 0), self.BINS - 1)

@@ -16,7 +16,7 @@ from ckptd.monitor import join, record
 from ckptd.monitor.comms import Transfers
 from ckptd.monitor.drift import DRIFT_MIN, Pace, is_drift
 from ckptd.monitor.hang import Patience
-from ckptd.monitor.join import Joined, Odd
+from ckptd.monitor.join import Joined, Odd, median
 from ckptd.monitor.loss import Losses
 from ckptd.monitor.report import Evidence, Finding
 from ckptd.monitor.roles import Roles
@@ -87,7 +87,7 @@ class Watch:
         self.transfers.add(j, wall_us)
         told = j.program[j.present]
         program = int(np.bincount(told + 1).argmax()) - 1 if len(told) else -1
-        self.pace.add(j.step, float(np.nanmedian(j.values[join.WALL])), program)
+        self.pace.add(j.step, float(median(j.values[join.WALL])), program)
         self.since_look += 1
         if self.since_look < max(EVERY_STEPS, int(EVERY_S * 1e6 / max(wall_us, 1.0))):
             return now, None
@@ -111,7 +111,7 @@ class Watch:
 
     def _phase(self, j: Joined) -> bool:
         v = j.values
-        wall = max(self.stragglers.wall_us, 1.0) if self.stragglers.wall_us else float(np.nanmedian(v[join.WALL]))
+        wall = max(self.stragglers.wall_us, 1.0) if self.stragglers.wall_us else float(median(v[join.WALL]))
         busy = np.nan_to_num(v[join.EVAL] + v[join.COMPILE])
         saving = np.nan_to_num(v[join.CHECKPOINT]) - self._saving
         saves = bool(np.any(saving > SAVING * wall)) and self.stragglers.count > 0
@@ -133,9 +133,10 @@ class Watch:
         odd = {o.group: o for o in j.odd}
         for group, o in odd.items():
             before = self._odd.get(group)
-            if before is not None and before.ranks == o.ranks:
+            if o.sure or (before is not None and before.ranks == o.ranks):
                 seen.append(Seen(("desync", *o.ranks[:4]), self._desync(o, j), certain=True))
-                self.join.accept(o)
+                if not o.sure:
+                    self.join.accept(o)
         self._odd = odd
         return seen
 
@@ -208,7 +209,7 @@ class Watch:
             return []
         wall = max(self.stragglers.wall_us, 1.0)
         least = np.min(np.array(self._saves[-3:]), axis=0)
-        usual = float(np.median(least))
+        usual = float(median(least))
         slow = np.flatnonzero(least > max(2.0 * usual, usual + wall)) if usual > 0 else np.array([], np.int64)
         if not len(slow) or len(slow) > self.stragglers.size // 4:
             return []
