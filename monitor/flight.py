@@ -148,10 +148,10 @@ class Job:
 # --- reading ----------------------------------------------------------------------------------------------------------------
 
 
-def find(directory: Path) -> dict[int, Path]:
-    """rank -> its dump in a directory, by the number that ends the file's name; of a rank's pickle and JSON the pickle, which has stacks."""
+def find(place: Path) -> dict[int, Path]:
+    """rank -> its dump in a directory (or the one file), by the number that ends the file's name; of a rank's pickle and JSON the pickle, which has stacks."""
     found: dict[int, Path] = {}
-    for path in sorted(directory.iterdir()):
+    for path in [place] if place.is_file() else sorted(place.iterdir()):
         match = _RANK.search(path.name.removesuffix(".json").removesuffix(".pkl").removesuffix(".pickle"))
         if match is None or not path.is_file() or int(match[1]) >= RANKS_MAX:
             continue

@@ -167,7 +167,7 @@ def _number(path: Path) -> str:
 
 def find(path: Path) -> list[list[Path]]:
     """Recorded runs at a path (a part, or a directory of them): the parts of each, in order."""
-    paths = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.endswith(SUFFIX))
+    paths = sorted(p for p in ([path] if path.is_file() else path.iterdir()) if p.name.endswith(SUFFIX))
     runs: dict[str, list[Path]] = {}
     for part in paths:
         runs.setdefault(part.name.rpartition("-")[0], []).append(part)

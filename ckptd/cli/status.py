@@ -22,8 +22,16 @@ from ckptd.channel import Pipe, connect, socket_path
 from ckptd.cli import show
 from ckptd.core import wire
 from ckptd.errors import BadArgument, DaemonUnreachable, PeerFailed
+from ckptd.monitor import view
 
 REFRESH_S = 2.0
+RANKS_SHOWN = 32
+VERDICTS_SHOWN = 8
+WAITS_SHOWN = 8
+IDLE_MS = 1000
+"""A rank that stood still for longer is said to be idle."""
+PART_SHOWN = 0.02
+"""Parts of a step that are worth a word."""
 CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -33,7 +41,8 @@ def add_parser(verbs: Any) -> None:
         "status",
         help="this node's daemon: jobs, snapshots, and what would be lost if something died now",
         description="Show this node's daemon: its jobs, their snapshots by state, what is in the durable tier, and what would be lost if\n"
-        "all trainers of this node, or the node itself, died now.",
+        "all trainers of this node, or the node itself, died now; and what watching found: where each rank is, how late it is, who waits\n"
+        "for whom, and verdicts. Of many ranks the latest are listed.",
         epilog="example:\n  ckptd status --watch 1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -266,8 +275,13 @@ def render(status: dict[str, Any]) -> str:
         lines.append("no errors")
     if not d.jobs:
         lines.append("no jobs")
+    if isinstance(faces := status.get("faces"), dict) and faces.get("http"):
+        lines.append(f"page and metrics at http://{show.plain(str(faces['http']))}/")
     for name, job in sorted(d.jobs.items()):
         lines += ["", *_job_lines(name, job)]
+        seen = view.watching(status["jobs"][name])
+        if seen is not None:
+            lines += _watch_lines(seen)
     return "\n".join(lines)
 
 
@@ -311,6 +325,76 @@ def _job_lines(name: str, job: Job) -> list[str]:
     lines.append(f"  if every trainer of this node died now: {show.plain(if_trainers_die(job).text)}")
     lines.append(f"  if this node died now: {show.plain(if_node_dies(job).text)}")
     return lines
+
+
+# --- watching ---------------------------------------------------------------------------------------------------------------
+
+
+def _watch_lines(seen: view.Watching) -> list[str]:
+    """What watching says of a job: verdicts first, for they are why somebody looks."""
+    ranks = {r.rank: r for r in seen.ranks}
+    lost = sum(t.lost for t in seen.taps.values())
+    head = f"  watching: {len(ranks) or len(seen.taps)} of {show.count(seen.world_size, 'rank')}, step {seen.step}, policy {show.plain(seen.policy) or '-'}"
+    walls = sorted(r.wall_us for r in seen.ranks if r.wall_us)
+    head += f", {_time(walls[len(walls) // 2])} a step" if walls else ""
+    layers = sorted({t.layer for t in seen.taps.values() if t.layer})
+    head += f"; taps here: {len(seen.taps)} ({', '.join(map(show.plain, layers)) or '-'}), {show.count(lost, 'record')} lost"
+    lines = [head]
+    if seen.note:
+        lines.append(f"  not understood: {show.plain(seen.note)}")
+    shown = view.open_verdicts(seen)
+    for v in shown[:VERDICTS_SHOWN]:
+        did = v.did or v.action
+        lines.append(f"  {'VERDICT' if v.state == 'confirmed' else show.plain(v.state)}: {show.plain(v.text or v.kind)}{f'; done: {show.plain(did)}' if did else ''}")
+    cleared = sum(v.state == "cleared" for v in seen.verdicts)
+    rest = [f"{len(shown) - VERDICTS_SHOWN} more"] if len(shown) > VERDICTS_SHOWN else []
+    rest += [f"{cleared} cleared"] if cleared else []
+    if not shown or rest:
+        lines.append(f"  {'verdicts besides' if shown else 'no verdict holds'}{': ' if rest else ''}{', '.join(rest)}")
+    lines += _waiting(seen)
+    if ranks:
+        lines.append(_rank_table(seen, {r for v in shown for r in v.ranks}))
+    elif not seen.coordinator:
+        lines.append("  node 0 coordinates this job: its daemon tells of the ranks")
+    return lines
+
+
+def _waiting(seen: view.Watching) -> list[str]:
+    together: dict[tuple[str, int, str, tuple[int, ...]], list[view.Wait]] = {}
+    for w in seen.waits:
+        together.setdefault((w.op, w.seq, w.group, tuple(w.ranks)), []).append(w)
+    lines = []
+    for (op, seq, group, behind), waits in sorted(together.items(), key=lambda item: -len(item[1]))[:WAITS_SHOWN]:
+        who = f"rank{'s' if len(waits) > 1 else ''} {show.ranges(w.rank for w in waits)} wait{'' if len(waits) > 1 else 's'}"
+        since = _time(1e3 * max(w.since_ms for w in waits))
+        lines.append(f"  {who} in {show.plain(op)} {seq} of group {show.plain(group)} for {f'rank {show.ranges(behind)}' if behind else 'nobody'}, since {since}")
+    return lines
+
+
+def _rank_table(seen: view.Watching, guilty: set[int]) -> str:
+    """All ranks, or the latest of many; those of a verdict first."""
+    ranks = seen.ranks
+    if len(ranks) > RANKS_SHOWN:
+        ranks = sorted(ranks, key=lambda r: (r.rank not in guilty, -(r.lateness or 0.0), r.rank))[:RANKS_SHOWN]
+    rows = [
+        [
+            str(r.rank), f"{r.node} {show.plain(r.host)}".strip(), f"{show.plain(r.state)}{f' idle {_time(1e3 * r.idle_ms)}' if r.idle_ms >= IDLE_MS else ''}" or "-",
+            str(r.step), _time(r.wall_us), _time(r.self_us), _time(max(0.0, r.wall_us - r.self_us)), "-" if r.lateness is None else f"{r.lateness:.1%}",
+            ", ".join(f"{part} {_time(us)}" for part, us in r.parts.items() if part in view.PARTS and us >= PART_SHOWN * r.wall_us > 0) or "-",
+            "<-" if r.rank in guilty else "",
+        ]
+        for r in ranks
+    ]  # fmt: skip
+    header = ("RANK", "NODE", "STATE", "STEP", "STEP TIME", "OWN", "WAITING", "LATENESS", "OF ITS OWN", "")
+    text = show.table(header, rows, right=("RANK", "STEP", "STEP TIME", "OWN", "WAITING", "LATENESS"), indent="  ")
+    left = len(seen.ranks) - len(ranks)
+    return f"{text}\n  and {show.count(left, 'rank')} that {'is' if left == 1 else 'are'} less late" if left else text
+
+
+def _time(us: float) -> str:
+    if us >= 1e6:
+        return f"{us / 1e6:.1f} s"
+    return f"{us / 1e3:.1f} ms" if us >= 1e3 else f"{us:.0f} us"
 
 
 def _durable(snapshot: Snapshot) -> str:

@@ -13,6 +13,7 @@ import pytest
 from ckptd.cli import status
 from ckptd.cli.main import main
 from tests.cli.helpers import COMMAND, ROOT, Trainer, ckptd, running_daemon
+from tests.monitor import statuses
 from tests.storage.helpers import make_step
 
 
@@ -223,3 +224,50 @@ def test_a_newer_daemon_says_more_and_a_hostile_one_says_it_in_colour():
     assert "a\\nb" in text
     assert "up 2 d 7 h" in text
     assert "peers: node 1 NOT connected, node 2 connected, node 10 connected" in text
+
+
+# --- watching ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_watching_found():
+    told = statuses.status(8)
+    told["faces"] = {"http": "127.0.0.1:4444"}
+    text = status.render(told)
+    assert "page and metrics at http://127.0.0.1:4444/" in text
+    assert "watching: 8 of 8 ranks, step 1059, policy report, " in text and "taps here: 8 (native), 0 records lost" in text
+    assert "  VERDICT: compute-slow: rank 3, 24% of a step; done: asked the launcher\n" in text
+    assert "  ranks 0-2 wait in all_reduce 77 of group dp0 for rank 3, since 3.1 s\n" in text
+    (row,) = [line for line in text.splitlines() if line.endswith("<-")]
+    assert row.split()[:5] == ["3", "0", "node0.cluster", "R", "1059"] and "25.0%" in row and "optimizer 4.0 ms" in row
+
+
+def test_of_many_ranks_the_guilty_and_the_latest_are_listed():
+    text = status.render(statuses.status(1024, slow=700))
+    rows = text.partition("RANK  NODE")[2].splitlines()
+    assert rows[1].split()[0] == "700" and rows[1].endswith("<-")
+    assert rows[-1] == "  and 992 ranks that are less late" and len(rows) == 2 + status.RANKS_SHOWN
+
+
+def test_watching_tells_what_is_over_and_who_coordinates():
+    told = statuses.status(8, state="cleared")
+    assert "no verdict holds: 1 cleared" in status.render(told)
+    told["jobs"]["llama"]["watching"] = {"taps": {"0": {"layer": "python", "lost": 3}}, "world_size": 4, "coordinator": False}
+    text = status.render(told)
+    assert "watching: 1 of 4 ranks" in text and "taps here: 1 (python), 3 records lost" in text and "node 0 coordinates this job" in text
+
+
+@pytest.mark.parametrize("watching", [None, {}, {"ranks": 7, "verdicts": [3]}, {"ranks": [{"rank": 1}], "verdicts": [{}], "waits": [{"rank": 2}]}, "x"])
+def test_watching_of_another_version(watching):
+    told = statuses.status(2)
+    told["jobs"]["llama"]["watching"] = watching
+    text = status.render(told)
+    assert "committed: step 1057" in text
+    assert ("not understood: ranks" in text) == (watching == {"ranks": 7, "verdicts": [3]})
+
+
+def test_hostile_names_of_the_watched_stay_in_their_lines():
+    told = statuses.status(2, host=statuses.HOSTILE.replace("{", "").replace("}", ""), slow=1)
+    seen = told["jobs"]["llama"]["watching"]
+    seen["verdicts"][0]["text"] = seen["verdicts"][0]["did"] = seen["policy"] = seen["waits"][0]["op"] = seen["ranks"][0]["state"] = statuses.HOSTILE
+    text = status.render(told)
+    assert "\x1b" not in text and "\x00" not in text and "\u2028" not in text and '\n"}' not in text
