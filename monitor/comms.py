@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptd.monitor.join import Joined
+from ckptd.monitor.join import Joined, median
 from ckptd.monitor.report import Evidence, Finding, Probed
 from ckptd.monitor.settings import Settings
 
@@ -101,9 +101,9 @@ class Transfers:
         known = self.n > 0
         self.base, self.spread = np.zeros(size), np.zeros(size)
         if np.any(known):
-            self.base[known] = np.nanmedian(times[:, known], axis=0)
-            self.spread[known] = 1.4826 * np.nanmedian(np.abs(times[:, known] - self.base[known]), axis=0)
-        self.base_bytes = np.median(nbytes, axis=0)
+            self.base[known] = median(times[:, known], axis=0)
+            self.spread[known] = 1.4826 * median(np.abs(times[:, known] - self.base[known]), axis=0)
+        self.base_bytes = median(nbytes, axis=0)
         if self.count + 1 >= self.settings.learn_steps:
             self._early = []
 
@@ -113,7 +113,7 @@ class Transfers:
         if n < self.settings.learn_steps + WINDOW or not len(self.base):
             return None
         at = np.arange(n - WINDOW, n) % KEPT
-        over = np.median(self.over[at], axis=0)
+        over = median(self.over[at], axis=0)
         steady = self.hits[at].sum(axis=0) >= HITS
         cost = over / max(self.wall_us, 1.0)
         self.hot = steady & (over > 3.0 * self.spread * 1.25 / np.sqrt(WINDOW))

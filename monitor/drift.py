@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptd.monitor.join import median
 from ckptd.monitor.report import Evidence, Finding
 from ckptd.monitor.settings import Settings
 
@@ -58,10 +59,10 @@ class Pace:
             return None
         at = np.arange(self.count - n, self.count) % KEPT
         past, now = np.log(np.maximum(self.wall[at[:-WINDOW]], 1.0)), np.log(np.maximum(self.wall[at[-WINDOW:]], 1.0))
-        before = float(np.median(past)) if not self.level_us else float(np.log(self.level_us))
+        before = float(median(past)) if not self.level_us else float(np.log(self.level_us))
         blocks = past[len(past) % 20 :].reshape(-1, 20)
-        noise = max(1.4826 * float(np.median(np.abs(np.median(blocks, axis=1) - np.median(past)))), 1.25 * float(past.std()) / np.sqrt(20.0)) if len(blocks) > 2 else 1.0
-        shift = float(np.median(now)) - before
+        noise = max(1.4826 * float(median(np.abs(median(blocks, axis=1) - median(past)))), 1.25 * float(past.std()) / np.sqrt(20.0)) if len(blocks) > 2 else 1.0
+        shift = float(median(now)) - before
         bound = max(float(np.log1p(self.settings.global_slow)), 6.0 * noise)
         steady = float(np.mean(now > before + 0.5 * bound))
         if shift < bound or steady < 0.9:
@@ -71,7 +72,7 @@ class Pace:
         if not self.level_us:
             self.level_us = float(np.exp(before))
             self.slow_since = int(self.steps[at[-WINDOW]])
-        evidence = (Evidence(signal="step", value=round(float(np.exp(np.median(now)))), unit="us", baseline=round(float(np.exp(before)))),)
+        evidence = (Evidence(signal="step", value=round(float(np.exp(median(now)))), unit="us", baseline=round(float(np.exp(before)))),)
         return Finding(
             kind="global-slow", ranks=(), step=int(self.steps[at[-1]]), since_step=self.slow_since, strength=min(1.0, shift / (2 * bound)),
             cause="all ranks are slower than they were", slowdown=float(np.expm1(shift)), evidence=evidence,

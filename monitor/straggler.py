@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ckptd.monitor import join
-from ckptd.monitor.join import Joined
+from ckptd.monitor.join import Joined, median
 from ckptd.monitor.report import Evidence, Finding
 from ckptd.monitor.settings import Settings
 
@@ -103,11 +103,11 @@ class Stragglers:
     def add(self, j: Joined, roles: list[Array]) -> None:
         """A step that is no phase. `roles`: ranks that do the same, each rank in one of them."""
         v = j.values
-        wall = float(np.nanmedian(v[join.WALL])) if np.any(j.present) else 0.0
+        wall = float(median(v[join.WALL])) if np.any(j.present) else 0.0
         if not wall > 0.0:
             return
         self._walls = [*self._walls, wall][-32:]
-        self.wall_us = float(np.median(self._walls))
+        self.wall_us = float(median(self._walls))
         parts = self._parts(v)
         raw = self._over_peers(parts, roles, v)
         self._usual(parts[COMPUTE])
@@ -141,21 +141,21 @@ class Stragglers:
             return
         self._first.append(compute)
         if len(self._first) >= self.settings.learn_steps:
-            self.own = np.nan_to_num(np.median(np.array(self._first), axis=0), nan=0.0)
+            self.own = np.nan_to_num(median(np.array(self._first), axis=0), nan=0.0)
             self._first = []
 
     def _over_peers(self, parts: Array, roles: list[Array], v: Array) -> Array:
         """Raw excess: of compute as part of the peers' own, of the other parts in microseconds."""
         raw = np.full_like(parts, np.nan)
-        everybody = np.nanmedian(parts, axis=1, keepdims=True)
+        everybody = median(parts, axis=1)[:, None]
         device = v[join.DEVICE]
         if self.count < self.settings.learn_steps:
-            self.device = bool(np.nanmedian(device) > 0)
+            self.device = bool(median(device) > 0)
         common = self._common(parts[COMPUTE])
         for ranks in roles:
             mine = parts[:, ranks]
             alone = len(ranks) < ROLE_MIN
-            center = everybody if alone else np.nanmedian(mine, axis=1, keepdims=True)
+            center = everybody if alone else median(mine, axis=1)[:, None]
             raw[1:, ranks] = mine[1:] - center[1:]
             if self.device:
                 continue
@@ -170,9 +170,9 @@ class Stragglers:
     def _by_device(self, device: Array, roles: list[Array]) -> Array:
         """Who stands least in device collectives is late: microseconds less than its peers, as part of a step."""
         late = np.full(self.size, np.nan, np.float32)
-        everybody = float(np.nanmedian(device))
+        everybody = float(median(device))
         for ranks in roles:
-            center = everybody if len(ranks) < ROLE_MIN else float(np.nanmedian(device[ranks]))
+            center = everybody if len(ranks) < ROLE_MIN else float(median(device[ranks]))
             late[ranks] = center - device[ranks]
         return late
 
@@ -180,7 +180,7 @@ class Stragglers:
         """How much longer all ranks computed in this step than they usually do."""
         if not self.own.any():
             return 1.0
-        return float(np.nanmedian(compute / np.maximum(self.own, 1.0)))
+        return float(median(compute / np.maximum(self.own, 1.0)))
 
     def _scale(self, parts: Array, roles: list[Array]) -> Array:
         """Microseconds per unit of raw compute excess."""
@@ -189,7 +189,7 @@ class Stragglers:
         scale = np.zeros(self.size)
         common = self._common(parts[COMPUTE])
         for ranks in roles:
-            scale[ranks] = self.own[ranks] * common if len(ranks) < ROLE_MIN else float(np.nanmedian(parts[COMPUTE, ranks]))
+            scale[ranks] = self.own[ranks] * common if len(ranks) < ROLE_MIN else float(median(parts[COMPUTE, ranks]))
         return np.nan_to_num(scale)
 
     # --- learning what is usual ---
@@ -224,7 +224,7 @@ class Stragglers:
     def _relearn(self, n: int) -> None:
         """While there is little: the median of all of it."""
         rows = self.raw[:n]
-        self.base = np.median(rows, axis=0).astype(float)
+        self.base = median(rows, axis=0).astype(float)
         self.base_n[:] = n
         self.learned = n
         over = rows - self.base
@@ -232,8 +232,8 @@ class Stragglers:
         self.excess[:n] = over
         self.total[:n] = over.sum(axis=1)
         if n >= 5:
-            spread = 1.4826 * np.median(np.abs(self.total[:n]), axis=0) / max(self.wall_us, 1.0)
-            pooled = float(np.median(spread))
+            spread = 1.4826 * median(np.abs(self.total[:n]), axis=0) / max(self.wall_us, 1.0)
+            pooled = float(median(spread))
             self.step_var = np.maximum(spread, pooled) ** 2
             self.block_var = self.step_var / 10.0
 
@@ -288,20 +288,20 @@ class Stragglers:
         enough = self.good[at].sum(axis=0) >= 8
         bound = np.maximum(s.slow, s.sigma_short * 1.25 * self.standard_error(10))
         steady = (last > 0.5 * bound).sum(axis=0) >= 8
-        best = np.where(steady & enough, np.median(last, axis=0) / bound, 0.0)
+        best = np.where(steady & enough, median(last, axis=0) / bound, 0.0)
         window = np.full(self.size, 10)
         for w in WINDOWS[1:]:
             if n < w + self.settings.learn_steps + 5:
                 break
             mean = self._mean(w) / unit
-            spread = 1.4826 * float(np.median(np.abs(mean - np.median(mean)))) if self.size >= 8 else 0.0
+            spread = 1.4826 * float(median(np.abs(mean - median(mean)))) if self.size >= 8 else 0.0
             limit = np.maximum(np.maximum(s.slow_long, s.sigma_long * self.standard_error(w)), 5.0 * spread)
             enough = self.good[np.arange(n - w, n) % KEPT].sum(axis=0) >= 0.8 * w
             ratio = np.where(enough, mean / limit, 0.0)
             window = np.where(ratio > best, w, window)
             best = np.maximum(best, ratio)
         often = np.where(self.episodes >= EPISODES - 0.6, self.episodes / (EPISODES - 0.6), 0.0)
-        lonely = often > 3.0 * np.median(self.episodes) + 0.0
+        lonely = often > 3.0 * median(self.episodes) + 0.0
         best = np.where(lonely & (self.runs >= RUN), np.maximum(best, often), best)
         return best, window
 
@@ -321,7 +321,7 @@ class Stragglers:
     def _late(self, rank: int, window: int, *, half: bool, fresh: bool) -> Late:
         at = np.arange(self.count - window, self.count) % KEPT
         parts = self.excess[at, :, rank].mean(axis=0)
-        cost = float(np.median(self.total[at, rank]) if window == 10 else self.total[at, rank].mean()) / self.wall_us
+        cost = float(median(self.total[at, rank]) if window == 10 else self.total[at, rank].mean()) / self.wall_us
         if fresh:
             clipped = float(self._mean(10)[rank]) / self.wall_us
             self.level[rank] = min(cost, clipped) if clipped > 0 else cost
