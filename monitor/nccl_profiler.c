@@ -241,7 +241,7 @@ static uint32_t members_of(uint8_t *ring, const ckptd_ring_record *r) {
 static bool fits(uint8_t *ring, const ckptd_ring_record *r, int func, uint64_t bytes, uint32_t ranks) {
     if (r->flags & (CKPTD_MARK | CKPTD_CAPTURED) || r->op > 31 || !(FUNCS[func].fits >> r->op & 1)) return false;
     uint32_t members = members_of(ring, r);
-    if (ranks && members && ranks != members) return false;
+    if (ranks && members && ranks != members && !(r->flags & CKPTD_P2P)) return false;  // torch makes pairs of ranks communicators of their own
     if (r->op == CKPTD_BARRIER) return bytes <= sizeof(double);  // c10d's barrier has no tensor that says where it is; over NCCL it is an all-reduce of one element
     if (!(r->flags & CKPTD_DEVICE)) return false;
     return MANY >> r->op & 1 || r->bytes == bytes || r->bytes == bytes * (members ? members : ranks) || r->bytes == 0;

@@ -213,6 +213,16 @@ static void match(void) {
     for (int k = 0; k < 3; k++) end_channel(begin_channel(context, ops[k], 0, 1000000), 1000000 + 1000000 * ((uint64_t)k + 1)), p->stop(ops[k]);
     show("batch 1", s1), show("batch 2", s2), show("batch 3", r1);
 
+    // A pair's own communicator, within a call of the group of four.
+    void *pair = init_comm(2);
+    i = tap(CKPTD_SEND, 40, CKPTD_DEVICE | CKPTD_P2P);
+    void *send = begin_p2p(pair, "Send", 10, "ncclFloat32", 1);
+    p->stop(send);
+    end_channel(begin_channel(pair, send, 0, 1000000), 1600000);
+    returned(i);
+    show("pair", i);
+    p->finalize(pair);
+
     // One call that becomes many operations: the time is that of all of them.
     i = tap(CKPTD_ALL_TO_ALL, 999, CKPTD_DEVICE);
     for (int k = 0; k < 4; k++) {

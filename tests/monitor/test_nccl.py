@@ -56,7 +56,7 @@ def drive(at, mode, version, *, sanitized=False, under=(), **env):
 def test_times_land_in_the_taps_record_of_the_same_operation(built, version):
     said, _ = drive(built, "match", version)
     exact = version >= 4  # before, the plugin's own clock, when NCCL's proxy tells it
-    for case, us in (("all_reduce", 2000), ("barrier", 9), ("reduce_scatter", 7), ("batch 1", 1000), ("batch 2", 2000), ("batch 3", 3000), ("all_to_all", 800)):
+    for case, us in (("all_reduce", 2000), ("barrier", 9), ("reduce_scatter", 7), ("batch 1", 1000), ("batch 2", 2000), ("batch 3", 3000), ("pair", 600), ("all_to_all", 800)):
         found = said[case]
         assert found["inside_us"] == us if exact else found["inside_us"] >= 1, found
         assert found["ended"]
