@@ -362,7 +362,7 @@ def _costs(
 def _quiet(*, quick: bool) -> Iterator[Case]:
     """Healthy jobs, and one-step spikes."""
     for i, layout in enumerate(("fsdp",) if quick else LAYOUTS):
-        yield Case(name=f"healthy-{layout}", kind="healthy", layout=layout, steps=100 if quick else 150, options=("--seed", str(11 + i)))
+        yield Case(name=f"healthy-{layout}", kind="healthy", layout=layout, steps=100 if quick else 150, options=("--seed", str(11 + i), "--uneven", "2"))
     yield Case(name="spike-ddp", kind="spike", layout="ddp", fault="spike:rank=1,step=40", steps=80)
     if not quick:
         yield Case(name="spike-pp", kind="spike", layout="pp", fault="spike:rank=2,step=40", steps=80)
