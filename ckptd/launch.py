@@ -66,8 +66,8 @@ ACT_STOP_S = 3
 """Workers that are to end by a verdict: one that hangs does not answer SIGTERM."""
 
 
-ENDING_S = 0.02
-"""For the daemon to hear that workers are ended on purpose, before they are."""
+ENDING_S, ENDING_MAX_S = 0.02, 0.5
+"""For the daemon to hear that workers are ended on purpose, before they are; and how long it is tried to say so."""
 
 
 class Evicted(Exception):
@@ -95,7 +95,7 @@ class Keeper:
         self._closing = threading.Event()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="ckptd-keeper", daemon=True)
-        self._says: deque[wire.Message] = deque()
+        self._says: deque[tuple[wire.Message, threading.Event]] = deque()
         self.acts: deque[Ordered] = deque(maxlen=ACTS_MAX)
         """What the agent is to judge."""
         self.replaced = 0
@@ -192,10 +192,15 @@ class Keeper:
         for fd in self._arenas.values():
             pipe.put(wire.HandBack(), fd)
         heard_s = asked_s = time.monotonic()
+        saying: list[threading.Event] = []
         while not self._closing.is_set():
             while self._says:
-                pipe.put(self._says.popleft())
+                message, said = self._says.popleft()
+                pipe.put(message)
+                saying.append(said)
             pipe.flush()
+            while saying and not pipe.wants_write:
+                saying.pop().set()
             poller = select.poll()
             poller.register(pipe.sock, select.POLLIN | (select.POLLOUT if pipe.wants_write else 0))
             poller.register(self._wake, select.POLLIN)
@@ -252,11 +257,13 @@ class Keeper:
         log.warning("verdict %d: %s%s", acted.verdict, "" if acted.done else "refused: ", acted.what)
         self.tell(wire.Acted(verdict=acted.verdict, done=acted.done, what=acted.what[:TEXT_MAX]))
 
-    def tell(self, message: wire.Message) -> None:
-        """Any thread: say something to the daemon."""
-        self._says.append(message)
+    def tell(self, message: wire.Message, wait_s: float = 0.0) -> None:
+        """Any thread but the keeper's own: say something to the daemon, and wait for so long at most until it is on its way."""
+        said = threading.Event()
+        self._says.append((message, said))
         with contextlib.suppress(OSError):
             os.eventfd_write(self._wake, 1)
+        said.wait(wait_s)
 
 
 def _ask(path: Path, request: wire.Request, timeout_s: float = 5.0) -> Any:
@@ -349,6 +356,7 @@ class Agent(LocalElasticAgent):
     _committed_before: Any = None
     _floor = 0
     _started_s = 0.0
+    _ending = False
     _follows: tuple[float, wire.Act] | None = None
     """Until when other nodes are waited for, that an eviction concerns."""
 
@@ -360,7 +368,7 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         mark("workers starting", slots=self._slots)
         self.keeper.look()  # no worker of an attempt that is known by now lives
-        self._floor, self._follows = self.keeper.attempt, None
+        self._floor, self._follows, self._ending = self.keeper.attempt, None, False
         pids: dict[int, Any] = super()._start_workers(worker_group)
         self._started_s = time.monotonic()
         mark("workers started", pids={str(k): v for k, v in pids.items()})
@@ -377,9 +385,11 @@ class Agent(LocalElasticAgent):
         mark("workers stopped")
 
     def _say_ending(self) -> None:
-        """What dies from now on dies of us: the daemon is not to call it a crash."""
-        self.keeper.tell(wire.Ending())
-        time.sleep(ENDING_S)
+        """What dies from now on dies of us: the daemon is not to call it a crash. Said once: what is dead by the second time would be none of ours."""
+        if not self._ending:
+            self._ending = True
+            self.keeper.tell(wire.Ending(), ENDING_MAX_S)
+            time.sleep(ENDING_S)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> Any:
         ordered = self._ordered(worker_group)

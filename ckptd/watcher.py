@@ -60,6 +60,7 @@ RANKS_MAX = 256
 """Of one job on one node."""
 ANSWER_S = 5.0
 """For a probe in the rank itself; then it is asked from outside."""
+NATIVE_AFTER_S = 8.0
 POLICIES = ("report", "snapshot", "restart", "evict")
 
 
@@ -301,7 +302,7 @@ class Watcher:
             state = "raised" if ring.word("done") == record.RAISED else "dead"
         elif idle_ms >= IDLE_MS // 2 or full:
             state, where = _state_of(r.pid, ring.word("thread") or r.pid)
-            if state == "dead" and r.ending:  # /proc knows before its pidfd has told us
+            if state in {"dead", "Z", "X"} and r.ending:  # /proc knows before its pidfd has told us
                 state = "closed"
         phases = ring.word("phases")
         now_ns = time.monotonic_ns()
@@ -523,9 +524,11 @@ class Watcher:
         job.probed.append(report.Probed(ask, kind, r.rank, rate))
 
     async def _stack(self, job: Job, r: Rank) -> None:
+        """Of Python first, which does not stop the process. Native frames do, for seconds where its symbols are many: only of one that has not moved for long."""
         from ckptd.monitor import stacks
 
-        text, how = await self._daemon.in_store_pool(lambda: stacks.of(r.pid))
+        head = r.head
+        text, how = await self._daemon.in_store_pool(lambda: stacks.of(r.pid, native=False))
         kernel = stacks.kernel(r.pid)
         if text or kernel:
             both = f"{text}\n{kernel}" if text else kernel
@@ -534,6 +537,10 @@ class Watcher:
             self._numbers += 1
             self._asked[self._numbers] = (job.name, r.rank, "stacks", 0, time.monotonic() + ANSWER_S)
             r.client.channel.send(wire.StacksAsked(ask=self._numbers))
+        await asyncio.sleep(NATIVE_AFTER_S)
+        if text and not r.gone and r.head == head:
+            text, how = await self._daemon.in_store_pool(lambda: stacks.of(r.pid))
+            job.stacks.append(report.Stack(r.rank, text[: 16 << 10], how))
 
     def _stacked(self, client: Client, m: wire.StacksDone) -> None:
         job = self.jobs.get(client.job)
