@@ -16,7 +16,7 @@ from typing import Any
 GPUS_MAX = 64
 XIDS_MAX = 64
 """Events taken per look."""
-LINKS_MAX = 18
+LINKS_MAX = 36
 BAD_THROTTLES = {0x08: "hardware slowdown", 0x20: "thermal limit (software)", 0x40: "thermal limit (hardware)", 0x80: "power brake"}
 """nvmlClocksEventReason*: those that no setting of the operator explains."""
 POWER_CAP = 0x04
