@@ -247,6 +247,23 @@ def test_a_stopped_worker_is_restarted_and_the_job_goes_on_from_its_last_step(tm
         assert ended < 20.0
 
 
+@pytest.mark.timeout(300)
+def test_a_job_that_hangs_goes_on_by_itself(tmp_path):
+    """All of it: the tap, the daemon's verdict, its Act, the restart; and what the restart itself ends is no crash."""
+    with One(tmp_path, 3, steps=40, pace_s=0.05, options=["--on-fault", "restart"]) as c:
+        c.start()
+        c.await_step(12, PATIENCE_S)
+        t = time.time()
+        os.kill(c.pids_of(0)[1], signal.SIGSTOP)
+        assert c.wait(PATIENCE_S) == [0], c.tails()
+        restores = check(c)
+        assert [r["world"] for r in restores] == [3, 3] and c.step() == 40
+        (acting,) = c.marks(0, "acting")
+        print(f"ended {acting['t'] - t:.2f} s after it hung, restored after {restores[1]['t'] - t:.2f} s")
+        said = (c.nodes[0].directory / "daemon.log").read_text()
+        assert "confirmed: stopped: rank 1" in said and "confirmed: crash" not in said, said
+
+
 @pytest.mark.timeout(400)
 def test_an_evicted_rank_stays_out_and_the_job_goes_on_without_it_from_memory(tmp_path):
     """Rank 2 of 4, then what is rank 2 by then; and between them the same Act again, which is of an attempt that is over."""
