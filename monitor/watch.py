@@ -37,6 +37,8 @@ EVERY_STEPS = 2
 NODE_MIN = 3
 """So many ranks of one node, slow for one reason, are the node's verdict."""
 SAVES_KEPT = 4
+STARVED = 0.25
+"""A node whose tasks wait for processors for this part of the time is short of them."""
 UNKNOWN = 0.5
 """A rank of whose last 20 steps less than this is known cannot be judged."""
 
@@ -161,7 +163,8 @@ class Watch:
         slow = self.transfers.look(self.join.keys, self.roll.members)
         self.hot = slow.groups if slow else ()
         if slow:
-            seen.append(Seen(("comm",), slow.finding))
+            starved = self._starved(slow.finding)
+            seen.append(Seen(("undecided", "slow"), starved) if starved else Seen(("comm",), slow.finding))
         seen += self._saves_stall()
         pace = self.pace.look()
         self.global_slow = pace is not None and not seen
@@ -219,6 +222,19 @@ class Watch:
             evidence=evidence,
         )  # fmt: skip
         return [Seen(("saves",), f)]
+
+    def _starved(self, f: Finding) -> Finding | None:
+        """Transfers within one node are slow while its processors are short: they are what moves the bytes there, and nothing is to be said of links."""
+        nodes = {int(self.roll.node_of[r]) for r in f.victims}
+        told = self.roll.health.get(nodes.pop()) if len(nodes) == 1 and not self.stragglers.device else None
+        short = told.values.get("psi_cpu_some_ratio", 0.0) if told is not None else 0.0
+        if short < STARVED:
+            return None
+        evidence = (*f.evidence, Evidence(signal="part of the time that somebody waited for a processor", value=round(short, 2)))
+        return Finding(
+            kind="undecided", ranks=(), step=f.step, since_step=f.since_step, strength=0.5, cause="transfers within a node are slow, and its processors are short",
+            group=f.group, slowdown=f.slowdown, victims=f.victims, evidence=evidence,
+        )  # fmt: skip
 
     def _unknown(self) -> Finding | None:
         """The job is slow, and of some ranks too little is known to say that it is not they."""
