@@ -57,10 +57,10 @@ def render(status: Mapping[str, Any], *, openmetrics: bool = False) -> str:
     """The text. `status`: what `Daemon.status` tells, with "process" from `process()` if that is known."""
     text = _Text(openmetrics=openmetrics)
     _daemon(text, status)
-    jobs = status.get("jobs")
-    named = sorted(jobs.items(), key=lambda item: str(item[0])) if isinstance(jobs, Mapping) else []
+    _outboxes(text, status.get("faces"))
+    named = sorted(view.jobs(status).items())
     text.gauge("ckptd_jobs", "Jobs that the daemon knows.", [((), len(named))])
-    told = [(str(name), job) for name, job in named[:JOBS_MAX] if isinstance(job, Mapping)]
+    told = named[:JOBS_MAX]
     _snapshots(text, told)
     _watching(text, [(name, seen) for name, job in told if (seen := view.watching(job)) is not None])
     return text.finished()
@@ -134,7 +134,15 @@ def _daemon(text: _Text, status: Mapping[str, Any]) -> None:
         text.gauge("ckptd_daemon_private_bytes", "Resident memory of the daemon without arenas.", [((), process.get("private_bytes"))])
 
 
-def _snapshots(text: _Text, jobs: list[tuple[str, Mapping[str, Any]]]) -> None:
+def _outboxes(text: _Text, faces: Any) -> None:
+    """The event log and webhooks."""
+    boxes = faces.get("outboxes") if isinstance(faces, Mapping) else None
+    rows = [(str(box.get("to", "")), box) for box in (boxes if isinstance(boxes, list) else [])[:NAMES_MAX] if isinstance(box, Mapping)]
+    for what in ("delivered", "failed", "dropped"):
+        text.counter(f"ckptd_events_{what}", f"Events that were {what}.", [((("to", to),), box.get(what)) for to, box in rows])
+
+
+def _snapshots(text: _Text, jobs: list[tuple[str, dict[str, Any]]]) -> None:
     held: list[tuple[Labels, Any]] = []
     newest: list[tuple[Labels, Any]] = []
     events: list[tuple[Labels, Any]] = []

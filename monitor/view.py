@@ -1,4 +1,4 @@
-"""What a daemon's status says of watching, read by the faces: `status["jobs"][name]["watching"]`. Pure.
+"""What a daemon's status says of watching, read by the faces: `status["jobs"][name]["watching"]`, or `status["watched"][name]` where no session is attached. Pure.
 
 Only what is shown is drawn here; whatever is missing (an older daemon, a node that does not coordinate) is empty, whatever is more is let through untouched.
 
@@ -15,6 +15,7 @@ Only what is shown is drawn here; whatever is missing (an older daemon, a node t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -97,6 +98,19 @@ class Watching(msgspec.Struct):
     counts: dict[str, float] = {}
     clock_error_us: float = 0
     note: str = ""
+
+
+def jobs(status: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All jobs of a status by name, each with its "watching" where it is watched: those with snapshots, and those that are only watched."""
+    found: dict[str, dict[str, Any]] = {}
+    told, watched = status.get("jobs"), status.get("watched")
+    for name, job in told.items() if isinstance(told, Mapping) else ():
+        found[str(name)] = dict(job) if isinstance(job, Mapping) else {}
+    for name, seen in watched.items() if isinstance(watched, Mapping) else ():
+        job = found.setdefault(str(name), {})
+        if not job.get("watching"):
+            job["watching"] = seen
+    return found
 
 
 def watching(job: Any) -> Watching | None:

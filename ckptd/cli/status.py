@@ -273,13 +273,14 @@ def render(status: dict[str, Any]) -> str:
         lines += [f"  {show.plain(error)}" for error in d.last_errors]
     else:
         lines.append("no errors")
-    if not d.jobs:
+    all_jobs = view.jobs(status)
+    if not all_jobs:
         lines.append("no jobs")
     if isinstance(faces := status.get("faces"), dict) and faces.get("http"):
         lines.append(f"page and metrics at http://{show.plain(str(faces['http']))}/")
-    for name, job in sorted(d.jobs.items()):
-        lines += ["", *_job_lines(name, job)]
-        seen = view.watching(status["jobs"][name])
+    for name, raw in sorted(all_jobs.items()):
+        lines += ["", *(_job_lines(name, d.jobs[name]) if name in d.jobs else [f"job {show.plain(name)}: watched only, no session is attached"])]
+        seen = view.watching(raw)
         if seen is not None:
             lines += _watch_lines(seen)
     return "\n".join(lines)

@@ -271,3 +271,10 @@ def test_hostile_names_of_the_watched_stay_in_their_lines():
     seen["verdicts"][0]["text"] = seen["verdicts"][0]["did"] = seen["policy"] = seen["waits"][0]["op"] = seen["ranks"][0]["state"] = statuses.HOSTILE
     text = status.render(told)
     assert "\x1b" not in text and "\x00" not in text and "\u2028" not in text and '\n"}' not in text
+
+
+def test_a_job_without_a_session_is_watched_all_the_same():
+    told = statuses.status(4)
+    told["watched"] = {"bare": told["jobs"]["llama"]["watching"]}
+    text = status.render(told | {"jobs": {}})
+    assert "job bare: watched only, no session is attached\n  watching: 4 of 4 ranks" in text and "no jobs" not in text

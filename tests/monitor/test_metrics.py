@@ -142,3 +142,12 @@ def test_a_scrape_of_a_thousand_ranks_is_cheap():
         times.append(time.process_time() - began_s)
     print(f"1,024 ranks: {len(text)} bytes in {min(times) * 1e3:.0f} ms of processor time")
     assert min(times) < 1.0
+
+
+def test_a_job_that_is_only_watched_and_the_outboxes():
+    told = status()
+    told["watched"] = {"llama": {}, "bare": told["jobs"]["llama"]["watching"]}
+    told["faces"] = {"outboxes": [{"to": "events to /x", "delivered": 3, "failed": 1, "dropped": 0}, 7]}
+    found = samples(told, openmetrics=True)
+    assert get(found, "ckptd_jobs") == 2 and get(found, "ckptd_job_ranks", job="bare") == get(found, "ckptd_job_ranks", job="llama") == 8
+    assert get(found, "ckptd_events_delivered_total", to="events to /x") == 3

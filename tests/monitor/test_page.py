@@ -218,6 +218,15 @@ def test_jobs_are_chosen(chromium, site):
     assert it.js("return document.getElementById('heat').hidden") is True
 
 
+def test_a_job_that_is_only_watched(chromium, site):
+    told = status(4) | {"faces": {"health": {"values": {"cpu_steal": 0.5}, "alarms": {"oom": "killed 3"}}}}
+    seen = told["jobs"]["llama"]["watching"] | {"health": []}
+    it = opened(chromium, site, told | {"jobs": {}, "watched": {"bare": seen}})
+    assert "4 / 4" in text(it, "#tiles") and "committed" not in text(it, "#tiles") and text(it, "#jobname") == "bare"
+    assert "this node" in text(it, "#nodelist") and "oom: killed 3" in text(it, "#nodelist")
+    assert it.console() == []
+
+
 @pytest.mark.parametrize(
     "told",
     [{}, {"jobs": {}}, {"jobs": {"j": {}}}, {"jobs": {"j": {"watching": {}}}}, {"jobs": {"j": {"watching": {"ranks": [{"rank": 0}], "heat": {"steps": [1], "ranks": [0]}, "verdicts": [{}], "waits": [{}], "health": [{}]}}}},
