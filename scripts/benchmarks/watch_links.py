@@ -43,7 +43,7 @@ def cases(*, quick: bool) -> list[Case]:
     found = [
         Case(name="send-slow", kind="send-slow", layout="ddp", severity="1/5", rank=2, kinds=("send-slow",), group="comm"),
         Case(name="receive-slow", kind="receive-slow", layout="ddp", severity="1/5", rank=1, kinds=("receive-slow",), group="comm"),
-        Case(name="link-slow", kind="link-slow", layout="ddp", severity="1/5", rank=1, peer=3, kinds=("link-slow",), group="comm"),
+        Case(name="link-slow", kind="link-slow", layout="ddp", severity="1/5", rank=1, kinds=("link-slow",), group="comm"),
         Case(name="healthy-nodes", kind="healthy", layout="ddp", severity="4 nodes"),
     ]
     return found[:1] if quick else found
@@ -56,6 +56,7 @@ class Links:
         from tests.train import cluster
 
         self.out, self.case = directory / "job", case
+        self.peer = -1
         cluster.SCRIPT = SCRIPT
         self.nodes = cluster.Namespaces(
             directory, NODES, nnodes=str(NODES), ranks=1, name=case.name, parity=0, options=("--standby", "0"), env={"PYTHONPATH": str(harness.ROOT)}
@@ -73,8 +74,8 @@ class Links:
     def _tc_bridge(self, node: int, verb: str, rate: str) -> None:
         subprocess.run(["tc", "qdisc", verb, "dev", f"{self.nodes.tag}v{node}", "root", "tbf", "rate", rate, *SHAPE], check=True, capture_output=True)
 
-    def slow(self) -> None:
-        """The fault."""
+    def slow(self, rank_of: dict[int, int]) -> None:
+        """The fault. A link is one that the job uses: gloo's ring sends to the rank before."""
         node = self.case.rank
         if self.case.kind == "send-slow":
             self._tc(node, "change", "tbf", "rate", SLOW_RATE, *SHAPE)
@@ -85,7 +86,9 @@ class Links:
             self._tc(node, "replace", "handle", "1:", "htb", "default", "10")
             for number, rate in (("10", RATE), ("20", SLOW_RATE)):
                 subprocess.run([*inside, "class", "add", "dev", "eth0", "parent", "1:", "classid", f"1:{number}", "htb", "rate", rate], check=True, capture_output=True)
-            there = f"{self.nodes.address(self.case.peer)}/32"
+            before = (rank_of[node] - 1) % NODES
+            self.peer = next(i for i, r in rank_of.items() if r == before)
+            there = f"{self.nodes.address(self.peer)}/32"
             subprocess.run(
                 [*inside, "filter", "add", "dev", "eth0", "protocol", "ip", "parent", "1:", "u32", "match", "ip", "dst", there, "flowid", "1:20"],
                 check=True, capture_output=True,
@@ -120,7 +123,7 @@ class Links:
                 if step >= ONSET_STEP and not timeline.onset_t and not self.case.quiet:
                     timeline.usual_s = harness.median([e["s"] for e in done[-20:]])
                     timeline.onset_t, timeline.onset_step = time.time(), step + 1
-                    self.slow()
+                    self.slow(rank_of)
                 if not placed_step and timeline.onset_t and any(s.verdict["kind"] in self.case.kinds and s.verdict["state"] == "confirmed" for s in timeline.seen):
                     placed_step = step
                 if (placed_step and step >= placed_step + 5) or step > ONSET_STEP + LIMIT_STEPS:
@@ -131,7 +134,7 @@ class Links:
         if not self.case.quiet:
             from dataclasses import replace
 
-            label = replace(label, ranks=(rank_of[self.case.rank],), peer=rank_of[self.case.peer] if self.case.peer >= 0 else -1)
+            label = replace(label, ranks=(rank_of[self.case.rank],), peer=rank_of[self.peer] if self.peer >= 0 else -1)
         return label, timeline
 
     def _await_step(self, step: int) -> None:

@@ -58,7 +58,6 @@ class Case:
     also: tuple[str, ...] = ()
     fault: str = ""
     rank: int = 2
-    peer: int = -1
     kinds: tuple[str, ...] = ()
     stands: bool = False
     world: int = 4
