@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,14 @@ def missing() -> str:
     return Namespaces.missing()
 
 
-def cases(*, quick: bool) -> list[Case]:
+def cases() -> list[Case]:
     """`rank`: the node's place among the namespaces, until it is known which rank it runs."""
-    found = [
+    return [
         Case(name="send-slow", kind="send-slow", layout="ddp", severity="1/5", rank=2, kinds=("send-slow",), group="comm"),
         Case(name="receive-slow", kind="receive-slow", layout="ddp", severity="1/5", rank=1, kinds=("receive-slow",), group="comm"),
         Case(name="link-slow", kind="link-slow", layout="ddp", severity="1/5", rank=1, kinds=("link-slow",), group="comm"),
         Case(name="healthy-nodes", kind="healthy", layout="ddp", severity="4 nodes"),
     ]
-    return found[:1] if quick else found
 
 
 class Links:
@@ -132,8 +133,6 @@ class Links:
             timeline.steps = [(e["step"], e["t"]) for e in lines(self.out / "rank0.jsonl")]
         label = self.case.label(timeline)
         if not self.case.quiet:
-            from dataclasses import replace
-
             label = replace(label, ranks=(rank_of[self.case.rank],), peer=rank_of[self.peer] if self.peer >= 0 else -1)
         return label, timeline
 
@@ -156,13 +155,11 @@ class Links:
                 timeline.seen.append(Seen(time.time(), v))
 
 
-def run(directory: Path, *, quick: bool) -> list[tuple[watch_score.Row, Timeline]]:
-    """All cases; none where there are no namespaces."""
-    found = []
-    for case in cases(quick=quick):
+def run(directory: Path) -> Iterator[tuple[watch_score.Row, Timeline]]:
+    """All cases."""
+    for case in cases():
         label, timeline = Links(directory / case.name, case).run()
-        found.append((watch_score.score(label, timeline.told()), timeline))
-    return found
+        yield watch_score.score(label, timeline.told()), timeline
 
 
 def main() -> None:
@@ -170,7 +167,7 @@ def main() -> None:
     from benchmarks.watch_real import line
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for case in cases(quick=False):
+    for case in cases():
         if not sys.argv[2:] or case.name in sys.argv[2:]:
             label, timeline = Links(Path(sys.argv[1]) / case.name, case).run()
             row = watch_score.score(label, timeline.told())

@@ -390,10 +390,18 @@ def run(bench: Bench, *, real: bool, overhead: bool) -> None:
     if not real:
         return
     del overhead  # scripts/benchmarks/watch_cost.py
+    from benchmarks import watch_links
+
     rows = []
     for world, chosen in ((4, cases(quick=bench.quick)), (8, many(quick=bench.quick))):
         if chosen:
             rows += _all(bench.directory / f"w{world}", world, chosen)
+    if bench.quick or (why := watch_links.missing()):
+        bench.notes.append(f"slow links were left out: {'quick' if bench.quick else why}")
+    else:
+        for row, timeline in watch_links.run(bench.directory / "links"):
+            rows.append(row)
+            print(line(row, timeline), file=sys.stderr, flush=True)
     bench.tables.append(watch_score.table([r for r in rows if not r.case.quiet], "real jobs with a fault"))
     bench.tables.append(watch_score.table([r for r in rows if r.case.quiet], "real jobs without one that is to be named"))
     if missed := watch_score.misses(rows):
