@@ -84,7 +84,7 @@ class Line:
             self.link.tell(wire.StacksDone(ask=message.ask, text=stacks()[: wire.STACK_CHARS_MAX]))
         elif isinstance(message, wire.Watched):
             self.watching = message.watching
-            self.tap.writer.off = not message.watching and not self.tap.over
+            self.tap.watch(message.watching)
 
     def _probe(self, asked: wire.ProbeAsked) -> None:
         """The thread that trains, between two steps."""

@@ -141,6 +141,7 @@ std::atomic<bool> off{true};
 std::atomic<uint32_t> epoch{0};  // of the ring in use: what began in another one ends nowhere
 std::atomic<int> coalescing{0}, capturing{0};
 std::atomic<uint32_t> every{8};
+std::atomic<int> breaks{0};  // so many operations fail inside the tap: for tests
 std::atomic<Members*> groups[GROUP_SLOTS];
 std::mutex first_sight;
 std::unordered_map<std::string, std::vector<int64_t>> hints;  // members by name, as Python knows them; under first_sight
@@ -635,6 +636,8 @@ private:
         if (m == nullptr) return false;
         Measured what;
         if (spec.tensors >= 0) what.add(args[spec.tensors]);
+        else if (args[0].isTensor() && args[0].toTensor().defined()) what.device = args[0].toTensor().device();  // a barrier's says only where
+        if (breaks.load(std::memory_order_relaxed) > 0 && breaks.fetch_sub(1) > 0) throw std::runtime_error("as tests asked");
         if (spec.async >= 0) async = args[spec.async].toBool();
         int64_t peer = spec.peer >= 0 ? args[spec.peer].toInt() : -1;
         uint64_t i = enter(spec, *m, what, peer, async, began);
@@ -688,6 +691,7 @@ public:
 std::unique_ptr<torch::Library> collectives, functional;
 
 void install() {
+    if (collectives) return;  // in a forked child, whose parent had it
     collectives = std::make_unique<torch::Library>(torch::Library::IMPL, "c10d", DispatchKey::BackendSelect, __FILE__, __LINE__);
     for (Spec spec : SPECS) {
         auto op = c10::Dispatcher::singleton().findSchema({std::string("c10d::") + spec.name, ""});
@@ -793,7 +797,7 @@ py::dict layout() {  // what tests compare with record.py
 PYBIND11_MODULE(CKPTD_MODULE, m) {
     m.def("use", &use, "Write the ring at this address from now on.");
     m.def("install", &install);
-    m.def("remove", [] { off.store(true); collectives.reset(); functional.reset(); });
+    m.def("remove", [] { off.store(true); py::gil_scoped_release unlocked; collectives.reset(); functional.reset(); });
     m.def("set_off", [](bool value) { off.store(value); });
     m.def("is_off", [] { return off.load(); });
     m.def("mark", &mark);
@@ -809,6 +813,7 @@ PYBIND11_MODULE(CKPTD_MODULE, m) {
         capturing.fetch_add(by);
     });
     m.def("link", [](const c10::intrusive_ptr<c10d::Work>& work, uint64_t i, bool device) { works.put(work.get(), tagged(i, device)); });
+    m.def("fail", [](int times) { breaks.store(times); });
     m.def("sample", [](uint32_t one_in) { every.store(one_in); });
     m.def("ask", [] { py::gil_scoped_release unlocked; return clock_of()->ask(); });
     m.def("stop", [] { py::gil_scoped_release unlocked; clock_of()->stop(); });

@@ -3,8 +3,8 @@
     attach() -> Tap      make the ring, take the best layer that works, hook the marks
     current()            the process's tap, if there is one
 
-Layers, best first (record.LAYERS): "hooks" (torch's own, from 2.14), "native" (C++ at the dispatcher; `tap_build` builds it), "python" (the same in Python), "patched"
-(methods). Each is tried on an operation of its own, alone, before it is believed.
+Layers, best first: "native" (C++ at the dispatcher; `tap_build` builds it), "hooks" (torch's own, from 2.14, called in Python), "python" (Python at the dispatcher),
+"patched" (methods). Each is tried on an operation of its own, alone, before it is believed.
 
 CKPTD_DISABLE=1: nothing at all. CKPTD_TAP=0: no tap; native, python, patched, hooks: this layer and no other. CKPTD_RING_RECORDS: how many records a ring holds.
 
@@ -69,7 +69,7 @@ class Tap:
             except Exception as e:  # noqa: BLE001  whatever is missing, the next is tried
                 log.debug("tap %s: %s: %s", name, type(e).__name__, e)
                 continue
-            if self._sees(scratch):
+            if self._sees(layer, scratch):
                 self._take(name, layer)
                 break
             log.debug("tap %s: did not see its own operation", name)
@@ -87,7 +87,7 @@ class Tap:
         with contextlib.suppress(Exception):
             self._batches = Batches(layer, self.failed)
 
-    def _sees(self, scratch: Ring) -> bool:
+    def _sees(self, layer: Any, scratch: Ring) -> bool:
         """Whether the layer records an operation of its own, on a group of one rank and a ring of its own."""
         try:
             group = group_of_one()
@@ -95,6 +95,8 @@ class Tap:
                 return True  # nothing to try it with
             import torch
 
+            if hasattr(layer, "watch"):
+                layer.watch(group)
             group.allreduce([torch.zeros(3)]).wait()
             found = scratch.read(0).records
             told = [(int(r["op"]), int(r["bytes"]), int(r["seq"]), int(r["ended_ns"]) > 0) for r in found]
@@ -113,6 +115,10 @@ class Tap:
             if self.writer.error() == ERRORS_MAX:
                 self.over = self.writer.off = True
                 log.warning("rank %d: the tap failed %d times and is off; training is not affected: %r", self.rank, ERRORS_MAX, sys.exception())
+
+    def watch(self, watching: bool) -> None:  # noqa: FBT001  what the daemon said
+        """The daemon reads the ring, or was told not to: then nothing is written."""
+        self.writer.off = self.over or not watching or int(self.ring.header["errors"][0]) >= ERRORS_MAX
 
     def _stepped(self) -> None:
         work, self.at_step = self.at_step, None
@@ -172,6 +178,12 @@ def _native(_tap: Tap, ring: Ring) -> Any:
     return tap_native.Native(ring)
 
 
+def _hooks(tap: Tap, ring: Ring) -> Any:
+    from ckptd.monitor import tap_hooks, tap_python
+
+    return tap_hooks.Hooks(tap_python.Seen(Writer(ring), tap.failed))
+
+
 def _python(tap: Tap, ring: Ring) -> Any:
     from ckptd.monitor import tap_python
 
@@ -184,7 +196,7 @@ def _patched(tap: Tap, ring: Ring) -> Any:
     return tap_python.Patches(tap_python.Seen(Writer(ring), tap.failed))
 
 
-LAYERS: dict[str, Callable[[Tap, Ring], Any]] = {"native": _native, "python": _python, "patched": _patched}
+LAYERS: dict[str, Callable[[Tap, Ring], Any]] = {"native": _native, "hooks": _hooks, "python": _python, "patched": _patched}
 
 
 def wanted() -> tuple[str, ...]:

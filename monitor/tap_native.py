@@ -82,10 +82,11 @@ class Native:
         self.module.sample(DEVICE_EVERY)
         self._remove: list[Callable[[], None]] = []
         for group, ranks in dist.distributed_c10d._world.pg_group_ranks.items():  # noqa: SLF001  the public question takes one group at a time
-            self._hint(group.group_name, [rank for rank, _ in sorted(ranks.items(), key=lambda item: item[1])])
+            if hasattr(group, "group_name"):  # a group that this rank is not in is a number here
+                self._hint(group.group_name, [rank for rank, _ in sorted(ranks.items(), key=lambda item: item[1])])
         self._watch_groups()
         self.module.install()
-        self._original = WORK.wait
+        self._original: Any = WORK.wait
         self._wait = self.module.method(Work)
         WORK.wait = self._wait
         atexit.register(self.module.stop)

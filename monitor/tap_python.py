@@ -97,6 +97,8 @@ class Seen:
         """An operation begins: (its record, whether it is on a device). `peer`: a rank of the group."""
         row, members = self.row(pg)
         nbytes, dtype, device = (0, 0, False) if tensors is None else measure(tensors)
+        if op.tensors < 0:  # a barrier's tensor says only where
+            nbytes = dtype = 0
         flags = (record.P2P if op.p2p else 0) | (record.ASYNC if asynchronous else 0) | (record.DEVICE if device else 0)
         flags |= record.COALESCED if op.coalesced else 0
         there = members[peer] if 0 <= peer < len(members) else -1
@@ -253,20 +255,21 @@ class Kernels:
         async_at = names.index("async_op") if "async_op" in names else -1
         async_default = bool(defaults.get("async_op", True)) if async_at >= 0 else spec.p2p
         seen, writer, below, redispatch = self.seen, self.seen.writer, self._below, op.redispatch
-        unbox, tensors_at = ProcessGroup.unbox, spec.tensors
+        unbox, tensors_at = ProcessGroup.unbox, max(spec.tensors, 0)
 
         def kernel(keys: Any, *args: Any) -> Any:
             if writer.off:
                 return redispatch(keys & below, *args)
             i, device, asynchronous = -1, False, async_default
+            began_ns = monotonic_ns()
             try:
                 asynchronous = bool(args[async_at]) if 0 <= async_at < len(args) else async_default
-                tensors = args[tensors_at] if tensors_at >= 0 else None
                 i, device = seen.enter(
-                    spec, tensors, unbox(args[group_at]), args[peer_at] if peer_at >= 0 else -1, asynchronous=asynchronous
+                    spec, args[tensors_at], unbox(args[group_at]), args[peer_at] if peer_at >= 0 else -1, asynchronous=asynchronous
                 )
             except Exception:  # noqa: BLE001  never into the user's code
                 seen.failed()
+            called_ns = monotonic_ns()
             try:
                 said = redispatch(keys & below, *args)
             except BaseException:
@@ -276,10 +279,13 @@ class Kernels:
                 raise
             if i >= 0:
                 try:
+                    back_ns = monotonic_ns()
                     work = said[-1] if isinstance(said, tuple) else said
                     seen.began(spec, i, None if work is None else Work.unbox(work), device=device, asynchronous=asynchronous)
                     if asynchronous and spec.code in FUNCTIONAL:
                         seen.remember(args[0], i)
+                    if not i & 63:
+                        writer.hook_ns(64 * (called_ns - began_ns + monotonic_ns() - back_ns))
                 except Exception:  # noqa: BLE001
                     seen.failed()
             return said

@@ -180,6 +180,8 @@ class Writer:
 
     def mark(self, kind: int, began_ns: int, ended_ns: int, value: int = 0, flags: int = 0) -> None:
         """An interval of the step's life, or a moment (both times equal)."""
+        if self.off:
+            return
         q = self._q
         with self.lock:
             i = q[_HEAD]
@@ -195,6 +197,8 @@ class Writer:
 
     def step(self, number: int | None) -> None:
         """A step ended: a STEP mark, and the header's count, or its number where the session gives one."""
+        if self.off:
+            return
         now = monotonic_ns()
         with self.lock:
             self.mark(record.STEP, now, now, 0 if number is None else number, 0 if number is None else record.NUMBERED)

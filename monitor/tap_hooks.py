@@ -1,0 +1,104 @@
+"""The tap by torch's own hooks (layer "hooks"): ProcessGroup.register_pre_hook and register_post_hook, of torch 2.14 and newer.
+
+They fire below the dispatcher for every caller, like the kernels of the other layers, but they belong to one process group, and are called in Python. Source: pytorch PR
+186300, torch/csrc/distributed/c10d/Hooks.hpp. Not run yet: no torch of that version was at hand when this was written. The trial at attach decides whether it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import ProcessGroup
+
+from ckptd.monitor.tap_ops import BY_NAME, Op
+from ckptd.monitor.tap_python import FUNCTIONAL, Seen, Waits
+
+HOOK_ID = 0x636B7074
+OPEN_MAX = 256
+"""Operations between their hooks; more means that some raised and have no second one."""
+NAMES = {
+    "SEND": "send", "RECV": "recv_", "BROADCAST": "broadcast_", "ALLREDUCE": "allreduce_", "REDUCE": "reduce_", "ALLGATHER": "allgather_",
+    "REDUCE_SCATTER": "reduce_scatter_", "ALLTOALL": "alltoall_", "BARRIER": "barrier", "SCATTER": "scatter_", "GATHER": "gather_",
+    "ALLREDUCE_COALESCED": "allreduce_coalesced_", "ALLGATHER_BASE": "_allgather_base_", "ALLGATHER_COALESCED": "allgather_coalesced_",
+    "ALLGATHER_INTO_TENSOR_COALESCED": "allgather_into_tensor_coalesced_", "REDUCE_SCATTER_BASE": "_reduce_scatter_base_",
+    "REDUCE_SCATTER_TENSOR_COALESCED": "reduce_scatter_tensor_coalesced_", "ALLTOALL_BASE": "alltoall_base_",
+}  # fmt: skip
+
+
+class Hooks:
+    """The layer. Raises ImportError where torch has no such hooks."""
+
+    def __init__(self, seen: Seen) -> None:
+        if not hasattr(ProcessGroup, "register_pre_hook"):
+            msg = "this torch has no hooks of process groups"
+            raise ImportError(msg)
+        self.seen, self.writer = seen, seen.writer
+        self.coalesced, self.captured, self.last = seen.coalesced, seen.captured, seen.last
+        self._open: dict[tuple[int, int], tuple[Op, int, bool, bool]] = {}
+        self._remove: list[Callable[[], None]] = []
+        for pg in [*dist.distributed_c10d._world.pg_map]:  # noqa: SLF001  torch's own users of these hooks take it too
+            self.watch(pg)
+        self._watch_groups()
+        self.waits = Waits(seen)
+        self.waits.functional()
+
+    def watch(self, pg: Any) -> None:
+        """Hook a group."""
+        pg.register_pre_hook(HOOK_ID, functools.partial(self._before, pg))
+        pg.register_post_hook(HOOK_ID, functools.partial(self._after, id(pg)))
+        self._remove += [functools.partial(pg.unregister_pre_hook, HOOK_ID), functools.partial(pg.unregister_post_hook, HOOK_ID)]
+
+    def _before(self, pg: Any, args: Any) -> None:
+        if self.writer.off:
+            return
+        try:
+            name = NAMES.get(args.name.name)
+            if name is None:  # the making of groups
+                return
+            op = BY_NAME["recv_any_source_" if name == "recv_" and args.root < 0 else name]
+            tensors = args.output_tensors if op.name == "scatter_" else args.input_tensors or args.output_tensors
+            i, device = self.seen.enter(op, tensors, pg, args.root if op.p2p else -1, asynchronous=args.async_op)
+            if args.async_op and op.code in FUNCTIONAL:
+                self.seen.remember(args.output_tensors or args.input_tensors, i)
+            if len(self._open) >= OPEN_MAX:
+                self._open.pop(next(iter(self._open)), None)
+            self._open[id(pg), args.op_id] = op, i, device, args.async_op
+        except Exception:  # noqa: BLE001  a hook that raises fails the collective
+            self.seen.failed()
+
+    def _after(self, pg: int, args: Any) -> None:
+        try:
+            known = self._open.pop((pg, args.op_id), None)
+            if known is not None:
+                op, i, device, asynchronous = known
+                self.seen.began(op, i, args.work, device=device, asynchronous=asynchronous)
+        except Exception:  # noqa: BLE001
+            self.seen.failed()
+
+    def _watch_groups(self) -> None:
+        """Groups to come."""
+        c10d: Any = dist.distributed_c10d
+        original = c10d._new_process_group_helper  # noqa: SLF001
+
+        @functools.wraps(original)
+        def making(*args: Any, **options: Any) -> Any:
+            said = original(*args, **options)
+            with contextlib.suppress(Exception):
+                pg = said[0] if isinstance(said, tuple) else said
+                if isinstance(pg, ProcessGroup):
+                    self.watch(pg)
+            return said
+
+        c10d._new_process_group_helper = making  # noqa: SLF001
+        self._remove.append(functools.partial(setattr, c10d, "_new_process_group_helper", original))
+
+    def remove(self) -> None:
+        """Unhook."""
+        for undo in reversed(self._remove):
+            with contextlib.suppress(Exception):
+                undo()
+        self.waits.remove()
