@@ -185,6 +185,14 @@ def _watching(text: _Text, jobs: list[tuple[str, view.Watching]]) -> None:
         text.counter(metric, what, (((("job", name), ("rank", rank)), v * unit) for name, rank, v in taps))
     _aggregates(text, jobs)
     _verdicts(text, jobs)
+    text.gauge("ckptd_node_alarm", "1 for an alarm of a node's health.", ((labels, 1) for name, seen in jobs for labels in _alarms(name, seen)))
+
+
+def _alarms(name: str, seen: view.Watching) -> Iterable[Labels]:
+    for node in seen.health[:RANKS_MAX]:
+        alarms = node.get("alarms")
+        for kind, _ in _few(alarms) if isinstance(alarms, Mapping) else ():
+            yield ("job", name), ("node", str(node.get("node", ""))), ("kind", kind)
 
 
 def _rank(name: str, r: view.RankView) -> Labels:

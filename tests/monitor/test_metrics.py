@@ -56,6 +56,7 @@ def test_what_is_told(openmetrics):
     assert get(found, "ckptd_daemon_cpu_seconds_total") == 3.25
     assert get(found, "ckptd_daemon_private_bytes") == 45 << 20
     assert get(found, "ckptd_watch_events_total", job="llama", event="reports_lost") == 1
+    assert get(samples(status(16), openmetrics=openmetrics), "ckptd_node_alarm", job="llama", node="1", kind="xid") == 1
     assert all(name.startswith("ckptd_") for name, _ in found)
 
 
