@@ -302,8 +302,8 @@ class Watcher:
             state = "raised" if ring.word("done") == record.RAISED else "dead"
         elif idle_ms >= IDLE_MS // 2 or full:
             state, where = _state_of(r.pid, ring.word("thread") or r.pid)
-            if state in {"dead", "Z", "X"} and r.ending:  # /proc knows before its pidfd has told us
-                state = "closed"
+            if state in {"dead", "Z", "X"}:  # /proc knows before its pidfd has told us
+                state = "closed" if r.ending else "raised" if ring.word("done") == record.RAISED else state
         phases = ring.word("phases")
         now_ns = time.monotonic_ns()
         cpu = r.steps.samples.cpu_ns
