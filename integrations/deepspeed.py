@@ -241,7 +241,7 @@ class Universal:
 
     def read(self, place: Place, options: ReadOptions) -> Checkpoint:
         """See Format."""
-        from ckptd.integrations.deepspeed_read import UniversalReader
+        from ckptd.integrations.deepspeed_universal import UniversalReader
 
         return _or_malformed(place, lambda: UniversalReader(place, options).checkpoint())
 
