@@ -5,6 +5,7 @@
     <tag>/zero_pp_rank_R_mp_rank_MM_model_states.pt       the same per rank R (stage 3; its weights are empty)
     <tag>/[bf16_]zero_pp_rank_R_mp_rank_MM_optim_states.pt   masters and moments, flat
     <tag>/layer_LL-model_TT-model_states.pt               weights of a pipeline's layer
+    <tag>/layer_L_expert_E_mp_rank_MM_model_states.pt     weights of an expert (`deepspeed_experts`)
     <tag>/zero/<fqn>/{fp32,exp_avg,...,step}.pt           universal; zero/optimizer_state.pt
 
 The flat layouts
@@ -17,7 +18,7 @@ What we hold true
 - offsets follow from `param_shapes` alone; `param_slice_mappings` are compared where they must agree, and never believed: under `round_robin_gradients` DeepSpeed
   (0.16.5 to 0.19.8) writes other parameters' offsets there;
 - padding is in no row;
-- whatever is not known how to be cut (experts, tensor parallel shards without patterns, NVMe) is refused by its name.
+- whatever is not known how to be cut (experts beside tensor parallel ranks, tensor parallel shards without patterns, NVMe) is refused by its name.
 
 Client state is `extras.<key>`, the scheduler `extras.lr_scheduler`, all else that DeepSpeed keeps `extras.deepspeed`.
 Sources: deepspeed 0.19.8, runtime/{engine,bf16_optimizer}.py, runtime/zero/{stage_1_and_2,stage3}.py, checkpoint/{ds_to_universal,universal_checkpoint}.py.
@@ -56,7 +57,8 @@ ARRAY_BYTES_MAX = 64 << 20
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,5})_model_states\.pt")
 OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,5})_?optim_states\.pt")
 LAYER_FILE = re.compile(r"layer_(\d{1,5})-model_(\d{1,5})-model_states\.pt")
-EXPERT_FILE = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+EXPERT_FILE = re.compile(r"(?:layer_(\d{1,6})_)?expert_(\d{1,6})_mp_rank_\d{1,5}_model_states\.pt")
+EXPERT_OPTIM_FILE = re.compile(r"expp_rank_(\d{1,6})_mp_rank_\d{1,5}_optim_states\.pt")
 UNIVERSAL_FILE = re.compile(r"zero/(?:(.+)/([^/]+)|optimizer_state)\.pt")
 
 

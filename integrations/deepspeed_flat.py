@@ -70,6 +70,11 @@ class Shards:
     def __contains__(self, name: str) -> bool:
         return name in self._parts
 
+    def shape(self, name: str, tp_rank: int) -> Shape | None:
+        """Of a tensor as this tensor parallel rank has it; None if it has none."""
+        held = self._parts.get(name, {}).get(tp_rank)
+        return held.shape if held else None
+
     def put(self, name: str, tp_rank: int, dtype: str, shape: Shape, rows: Sequence[Row]) -> None:
         """Rows of a tensor as this tensor parallel rank has it; what comes again is a replica."""
         mine = self._parts.setdefault(name, {})

@@ -15,7 +15,6 @@ from ckptd.core.logical import GROUPS, MODEL, STATE, Checkpoint, Row
 from ckptd.errors import BadForeign
 from ckptd.formats import Place, ReadOptions
 from ckptd.integrations.deepspeed import (
-    EXPERT_FILE,
     LATEST,
     LAYER_FILE,
     MODEL_FILE,
@@ -28,6 +27,7 @@ from ckptd.integrations.deepspeed import (
     plain,
     setting,
 )
+from ckptd.integrations.deepspeed_experts import Experts, shares_of
 from ckptd.integrations.deepspeed_flat import Flat, Layout, Shards, Shares, listing, mapping, shapes_of, stored, whole_row
 
 
@@ -38,10 +38,6 @@ class ZeroReader:
         self.folder = folder_of(place, options.tag, LATEST)
         self._lead = self.folder.prefix.removeprefix(place.prefix).strip("/")
         files = self.folder.files
-        experts = next((n for n in files if EXPERT_FILE.fullmatch(n)), "")
-        if experts:
-            msg = f"{experts}: DeepSpeed's mixture of experts is not read: ranks hold different experts under one name"
-            raise BadForeign(msg, remedy="save it as a universal checkpoint (python -m deepspeed.checkpoint.ds_to_universal) and convert that")
         if any("offloaded_tensors/" in n for n in files):
             msg = f"{self.folder.label}: optimizer state on NVMe (offloaded_tensors) is not read"
             raise BadForeign(msg, remedy="save once with offload_optimizer.device cpu or none")
@@ -55,6 +51,7 @@ class ZeroReader:
         self._alone: set[str] = set()
         self.dp = 1 + max((r for r, _ in self.optim), default=-1)
         self.mp = 1 + max((m for _, m in self.optim), default=-1)
+        self.experts = Experts(self.folder, self.mp)
         missing = [m for m in range(min(self.mp, len(files))) if (0, m) not in self.model]
         if not self.optim or len(self.optim) != self.dp * self.mp or missing:
             msg = f"{self.folder.label}: {len(self.optim)} optim_states files and {len(self.model)} model_states files of {self.dp} data parallel times {self.mp} mp ranks"
@@ -67,6 +64,8 @@ class ZeroReader:
         if isinstance(saved, int) and saved != self.dp:
             msg = f"{self.model[0, 0]}: {saved} data parallel ranks saved, and there are files of {self.dp}"
             raise BadForeign(msg)
+        if self.experts:
+            self.experts.check(first, self.model[0, 0])
         tp = _tp_of(first, self.folder.files, self.mp)
         info = first.get("universal_checkpoint_info")
         self.shards = Shards(tp, info if isinstance(info, dict) else {})
@@ -75,8 +74,11 @@ class ZeroReader:
             parts = [self.optimizer_of(r, mp) for r in range(self.dp)]
             if mp == 0:
                 self.objects(states, parts[0])
-            shapes = [shapes_of(s) for s in listing(states.get("param_shapes"), f"{self.model[0, mp]}: param_shapes")]
+            told = states.get("param_shapes")
+            shapes = [shapes_of(s) for s in listing(told or [], f"{self.model[0, mp]}: param_shapes")]
             self.module(states, mp, mp % tp, shapes)
+            if told is None:
+                shapes = self._shapes_of_slices(parts, mp, mp % tp)
             if self.stage == 3:
                 self.frozen3(mp, mp % tp)
                 self.stage3(parts, shapes, mp, mp % tp)
@@ -108,6 +110,7 @@ class ZeroReader:
         tied = {str(a): str(o) for a, o in mapping(states.get("shared_params") or {}, f"{name}: shared_params").items()}
         buffers = {str(n) for n in states.get("buffer_names") or ()}
         module = states.get("module")
+        self._expert_weights(buffers, tp_rank)
         held = [(name, "", module)] if isinstance(module, dict) else self._layers(mp, tp_rank)
         trained = {n: s for g in shapes for n, s in g.items()}
         for file, prefix, tensors in held:
@@ -119,7 +122,8 @@ class ZeroReader:
                     continue
                 owner = tied.get(fqn)
                 if owner is not None:
-                    self.out.aliases[f"{MODEL}{fqn}"] = f"{MODEL}{owner}"
+                    aliases, owners = self.experts.others(fqn), dict(self.experts.others(owner))
+                    self.out.aliases |= {f"{MODEL}{a}": f"{MODEL}{owners[i]}" for i, a in aliases}
                 elif self.stage == 3 and fqn not in buffers and tensor.shape == (0,):
                     continue
                 else:
@@ -127,6 +131,12 @@ class ZeroReader:
                     if fqn in buffers:
                         self.out.buffers.add(f"{MODEL}{fqn}")
                     self.shards.put(f"{MODEL}{fqn}", tp_rank, tensor.dtype, tensor.shape, [whole_row(tensor, self.number(file))])
+
+    def _expert_weights(self, buffers: set[str], tp_rank: int) -> None:
+        """Weights and buffers of experts; `buffer_names` has those of the first rank's."""
+        for file, fqn, tensor in self.experts.weights(self.tree):
+            self.shards.put(f"{MODEL}{fqn}", tp_rank, tensor.dtype, tensor.shape, [whole_row(tensor, self.number(file))])
+        self.out.buffers |= {f"{MODEL}{n}" for b in buffers for number, n in self.experts.others(b) if number and f"{MODEL}{n}" in self.shards}
 
     def _layers(self, mp: int, tp_rank: int) -> list[tuple[str, str, dict[str, Any]]]:
         """The pipeline's layer files, all by the first stage's turn."""
@@ -180,47 +190,78 @@ class ZeroReader:
     def stage12(self, parts: list[dict[str, Any]], shapes: list[dict[str, Shape]], mp: int, tp_rank: int) -> None:
         """Partitions of the flat groups."""
         names = [self.optim[r, mp] for r in range(self.dp)]
+        if parts[0].get("whole_param_optimizer_states"):
+            msg = f"{names[0]}: whole parameters' states (Muon) are not read"
+            raise BadForeign(msg)
         for g, group in enumerate(shapes):
-            counts = parts[0].get("partition_count")
-            count = counts[g] if isinstance(counts, list) and g < len(counts) else self.dp
-            if count != self.dp or parts[0].get("whole_param_optimizer_states"):
-                what = "whole parameters' states (Muon)" if count == self.dp else f"a group over {count} of {self.dp} ranks (experts)"
-                msg = f"{names[0]}: group {g} holds {what}, which is not read"
-                raise BadForeign(msg)
-            gaps = parts[0].get("param_alignment_paddings") or []
-            layout = Layout(group, gaps[g] if g < len(gaps) else (), self.dp)
-            masters = [Flat(_nth(p, "single_partition_of_fp32_groups", g, n), self.number(n), f"{n}: master {g}") for p, n in zip(parts, names, strict=True)]
-            layout.check([m.numel for m in masters], names, "single_partition_of_fp32_groups")
-            for fqn, shape, rows in layout.rows(masters):
-                self.master(fqn, tp_rank, masters[0].dtype, shape, rows)
-            states = [_group_state(p, g, n) for p, n in zip(parts, names, strict=True)]
-            self._slots(states, names, tp_rank, layout)
-            self._compare_mappings(parts, g, layout, names)
+            shares = shares_of(parts[0].get("partition_count"), g, self.dp, names[0], experts=bool(self.experts))
+            for share in range(shares):
+                ranks = self.experts.ranks(self.dp // shares, self.dp, share)
+                known = {n: self.experts.known(n, shares, share) for n in group}
+                self._partitions([(parts[r], names[r]) for r in ranks], g, {known[n]: s for n, s in group.items()}, known, tp_rank)
             hyper = _hyper(parts[0].get("base_optimizer_state"), g)
-            self.groups.setdefault(mp, []).append({**hyper, "params": self._optimizer_order([*group])})
-            if "step" in hyper and not any("step" in s for s in states):
-                self._literal_step(group, hyper["step"])
+            order = self.experts.everywhere(self._optimizer_order([*group], self.dp // shares), shares)
+            self.groups.setdefault(mp, []).append({**hyper, "params": order})
 
-    def _optimizer_order(self, names: list[str]) -> list[str]:
+    def _partitions(self, held: list[tuple[dict[str, Any], str]], g: int, shapes: dict[str, Shape], known: Mapping[str, str], tp_rank: int) -> None:
+        """A flat group, or the share of its experts that these ranks hold. `held`: (state, file) by partition; `known`: the ranks' names -> ours."""
+        parts, names = [p for p, _ in held], [n for _, n in held]
+        gaps = parts[0].get("param_alignment_paddings") or []
+        layout = Layout(shapes, gaps[g] if g < len(gaps) else (), len(parts))
+        masters = [Flat(_nth(p, "single_partition_of_fp32_groups", g, n), self.number(n), f"{n}: master {g}") for p, n in held]
+        layout.check([m.numel for m in masters], names, "single_partition_of_fp32_groups")
+        for fqn, shape, rows in layout.rows(masters):
+            self.master(fqn, tp_rank, masters[0].dtype, shape, rows)
+        states = [_group_state(p, g, n) for p, n in held]
+        self._slots(states, names, tp_rank, layout)
+        self._compare_mappings(parts, g, layout, names, known)
+        hyper = _hyper(parts[0].get("base_optimizer_state"), g)
+        if "step" in hyper and not any("step" in s for s in states):
+            self._literal_step(shapes, hyper["step"])
+
+    def _shapes_of_slices(self, parts: list[dict[str, Any]], mp: int, tp_rank: int) -> list[dict[str, Shape]]:
+        """What `param_shapes` would say, where it is left out (with experts, by DeepSpeed up to 0.16; by 16-bit pipelines without ZeRO): `param_slice_mappings` tell
+        names, order and sizes, the weights tell shapes."""
+        name = self.optim[0, mp]
+        if self.stage == 3 or setting(self.config, "zero_optimization", "round_robin_gradients") or not parts[0].get("param_slice_mappings"):
+            msg = f"{self.model[0, mp]}: param_shapes are not there, and nothing else tells the order of parameters"
+            raise BadForeign(msg, remedy="save it with a newer DeepSpeed; experts also without round_robin_gradients")
+        groups = []
+        for g in range(len(listing(parts[0].get("param_slice_mappings"), f"{name}: param_slice_mappings"))):
+            shares = shares_of(parts[0].get("partition_count"), g, self.dp, name, experts=bool(self.experts))
+            numels: dict[str, int] = {}
+            for rank in self.experts.ranks(self.dp // shares, self.dp, 0):
+                for fqn, part in _nth(parts[rank], "param_slice_mappings", g, self.optim[rank, mp]).items():
+                    numels[fqn] = numels.get(fqn, 0) + part.get("numel")
+            shapes = {fqn: self.shards.shape(f"{MODEL}{self.experts.known(fqn, shares, 0)}", tp_rank) for fqn in numels}
+            wrong = next((n for n, s in shapes.items() if s is None or prod(s) != numels[n]), "")
+            if wrong:
+                msg = f"{name}: param_slice_mappings has {numels[wrong]} elements of {wrong}, whose weight has the shape {shapes[wrong]}"
+                raise BadForeign(msg)
+            groups.append({n: s for n, s in shapes.items() if s is not None})
+        return groups
+
+    def _optimizer_order(self, names: list[str], count: int) -> list[str]:
         """`round_robin_gradients` deals parameters to ranks like cards; this is the order before."""
         if not setting(self.config, "zero_optimization", "round_robin_gradients"):
             return names
-        dealt = [i for j in range(self.dp) for i in range(j, len(names), self.dp)]
+        dealt = [i for j in range(count) for i in range(j, len(names), count)]
         out = [""] * len(names)
         for at, i in enumerate(dealt):
             out[i] = names[at]
         return out
 
-    def _compare_mappings(self, parts: list[dict[str, Any]], g: int, layout: Layout, names: list[str]) -> None:
+    def _compare_mappings(self, parts: list[dict[str, Any]], g: int, layout: Layout, names: list[str], known: Mapping[str, str]) -> None:
         """DeepSpeed's own offsets, where it does not write those of other parameters."""
         if setting(self.config, "zero_optimization", "round_robin_gradients"):
             return
         for rank, (part, name) in enumerate(zip(parts, names, strict=True)):
             mappings = part.get("param_slice_mappings") or []
             told = {k: (v.get("numel"), v.get("start")) for k, v in (mappings[g] if g < len(mappings) else {}).items() if isinstance(v, Made)}
-            wrong = [k for k, v in told.items() if layout.slice(k, rank) != v]
+            wrong = [k for k, v in told.items() if layout.slice(known.get(k, k), rank) != v]
             if wrong:
-                msg = f"{name}: param_slice_mappings places {wrong[0]} at {told[wrong[0]]}, its shapes place it at {layout.slice(wrong[0], rank)}"
+                at = layout.slice(known.get(wrong[0], wrong[0]), rank)
+                msg = f"{name}: param_slice_mappings places {wrong[0]} at {told[wrong[0]]}, its shapes place it at {at}"
                 raise BadForeign(msg, remedy="was the checkpoint written with round_robin_gradients, and its ds_config lost?")
 
     def stage3(self, parts: list[dict[str, Any]], shapes: list[dict[str, Shape]], mp: int, tp_rank: int) -> None:

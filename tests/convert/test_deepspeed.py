@@ -452,7 +452,7 @@ def _short(folder: Path) -> str:
 
 def _experts(folder: Path) -> str:
     (folder / "layer_0_expert_1_mp_rank_00_model_states.pt").write_bytes(b"x")
-    return "mixture of experts"
+    return "num_experts does not say"
 
 
 def _shape(folder: Path) -> str:
