@@ -38,7 +38,7 @@ from ckptd.core.cast import NUMPY
 from ckptd.core.image import ITEM_BYTES
 from ckptd.core.inert import Dtype, Global, Made, shown
 from ckptd.core.logical import Checkpoint
-from ckptd.errors import BadForeign, NotFound
+from ckptd.errors import BadArgument, BadForeign, NotFound
 from ckptd.formats import Place, Plan, ReadOptions, WriteOptions
 from ckptd.integrations.native import AsTensor
 
@@ -50,7 +50,9 @@ OWN_KEYS = (
 )  # fmt: skip
 """Keys of model states that are DeepSpeed's; all others are the client's."""
 KEPT_KEYS = ("data_sampler", "random_ltd", "sparse_tensor_module_names", "skipped_steps", "global_samples", "ds_config", "ds_version", "universal_checkpoint_info")
-KEPT_OPTIMIZER_KEYS = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+KEPT_OPTIMIZER_KEYS = (
+    "loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window",
+)  # fmt: skip
 ARRAY_BYTES_MAX = 64 << 20
 """A tensor in the client state (a random state, a table) becomes an array of an object."""
 
@@ -225,6 +227,29 @@ class Zero:
         return zero_plan(checkpoint, options, self.stage)
 
 
+class Plain:
+    """No ZeRO: every rank has all of the optimizer. Read, not written."""
+
+    name, title = "zero0", "DeepSpeed without ZeRO (stage 0): the optimizer in the model states; read only"
+
+    def probe(self, place: Place) -> bool:
+        """See Format."""
+        from ckptd.integrations.deepspeed_plain import lies_in
+
+        return not place.only and lies_in(place)
+
+    def read(self, place: Place, options: ReadOptions) -> Checkpoint:
+        """See Format. Hint `params`: names of the optimizer's parameters, in its order (a list, or text with commas)."""
+        from ckptd.integrations.deepspeed_plain import PlainReader
+
+        return _or_malformed(place, lambda: PlainReader(place, options).checkpoint())
+
+    def write(self, checkpoint: Checkpoint, options: WriteOptions) -> Plan:  # noqa: ARG002  a Format's
+        """See Format: refused."""
+        msg = "DeepSpeed's stage 0 is read, not written"
+        raise BadArgument(msg, remedy="--to zero1 is what an engine with any stage from 1 on loads; --to universal, engines of any size")
+
+
 class Universal:
     """Universal checkpoints."""
 
@@ -258,3 +283,4 @@ ZERO1 = Zero(1, "DeepSpeed ZeRO stage 1: flat partitions of masters and moments"
 ZERO2 = Zero(2, "DeepSpeed ZeRO stage 2: as stage 1")
 ZERO3 = Zero(3, "DeepSpeed ZeRO stage 3: every parameter cut over all ranks")
 UNIVERSAL = Universal()
+ZERO0 = Plain()

@@ -31,6 +31,7 @@ class Experts:
         self.optim = {int(m[1]): n for n in folder.files if (m := EXPERT_OPTIM_FILE.fullmatch(n))}
         self._totals: dict[str, int] = {}
         """Experts of a layer, by what stands before their numbers."""
+        self._names: list[str] = []
         self._data_first = False
         self._mp = mp
 
@@ -67,6 +68,7 @@ class Experts:
                     msg = f"{file}: {name} is no tensor of expert {number}"
                     raise BadForeign(msg)
                 self._totals[found[1]] = max(self._totals.get(found[1], 0), number + 1)
+                self._names.append(str(name))
                 yield file, str(name), tensor
 
     def ranks(self, count: int, dp: int, share: int) -> list[int]:
@@ -95,6 +97,19 @@ class Experts:
                 layer = found[1] if found else ""
             runs[-1].append(name)
         return [self.known(n, shares, share) for run in runs for share in range(shares) for n in run]
+
+    def names(self, prefix: str) -> list[str]:
+        """The logical names of all that experts hold, layer by layer, behind `prefix`."""
+        return [prefix + n for n in self._names]
+
+    def local(self, name: str, shares: int, share: int) -> str | None:
+        """What the ranks of this share call a logical tensor; None if it is another share's expert's."""
+        found = EXPERT_NAME.fullmatch(name)
+        if shares == 1 or not found or found[1] not in self._totals:
+            return name
+        count = self._totals[found[1]] // shares
+        number = int(found[2]) - share * count
+        return f"{found[1]}{number}{found[3]}" if 0 <= number < count else None
 
     def others(self, name: str) -> list[tuple[str, str]]:
         """(number, name) of this expert's parameter or buffer in all experts of its layer; of any other name, itself."""

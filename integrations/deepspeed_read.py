@@ -31,8 +31,8 @@ from ckptd.integrations.deepspeed_experts import Experts, shares_of
 from ckptd.integrations.deepspeed_flat import Flat, Layout, Shards, Shares, listing, mapping, shapes_of, stored, whole_row
 
 
-class ZeroReader:
-    """A ZeRO checkpoint being made of its files."""
+class FolderReader:
+    """What the readers of all stages share: weights, masters, moments and objects, on their way into a checkpoint."""
 
     def __init__(self, place: Place, options: ReadOptions, stage: int) -> None:
         self.folder = folder_of(place, options.tag, LATEST)
@@ -49,44 +49,18 @@ class ZeroReader:
         self.config: dict[str, Any] = {}
         self._computes = ""
         self._alone: set[str] = set()
-        self.dp = 1 + max((r for r, _ in self.optim), default=-1)
-        self.mp = 1 + max((m for _, m in self.optim), default=-1)
+        self.mp = 1 + max((m for _, m in self.optim or self.model), default=-1)
         self.experts = Experts(self.folder, self.mp)
-        missing = [m for m in range(min(self.mp, len(files))) if (0, m) not in self.model]
-        if not self.optim or len(self.optim) != self.dp * self.mp or missing:
-            msg = f"{self.folder.label}: {len(self.optim)} optim_states files and {len(self.model)} model_states files of {self.dp} data parallel times {self.mp} mp ranks"
-            raise BadForeign(msg, remedy="the checkpoint is not whole: take another tag")
+        self.shards = Shards(1, {})
 
-    def checkpoint(self) -> Checkpoint:
-        """All of it."""
-        first = mapping(self.tree(self.model[0, 0]), self.model[0, 0])
-        saved = first.get("dp_world_size")
-        if isinstance(saved, int) and saved != self.dp:
-            msg = f"{self.model[0, 0]}: {saved} data parallel ranks saved, and there are files of {self.dp}"
-            raise BadForeign(msg)
+    def start(self, first: dict[str, Any]) -> int:
+        """Look at the first model states: experts, and how tensor parallel ranks make a whole. Returns how many of these there are."""
         if self.experts:
             self.experts.check(first, self.model[0, 0])
         tp = _tp_of(first, self.folder.files, self.mp)
         info = first.get("universal_checkpoint_info")
         self.shards = Shards(tp, info if isinstance(info, dict) else {})
-        for mp in range(self.mp):
-            states = first if mp == 0 else mapping(self.tree(self.model[0, mp]), self.model[0, mp])
-            parts = [self.optimizer_of(r, mp) for r in range(self.dp)]
-            if mp == 0:
-                self.objects(states, parts[0])
-            told = states.get("param_shapes")
-            shapes = [shapes_of(s) for s in listing(told or [], f"{self.model[0, mp]}: param_shapes")]
-            self.module(states, mp, mp % tp, shapes)
-            if told is None:
-                shapes = self._shapes_of_slices(parts, mp, mp % tp)
-            if self.stage == 3:
-                self.frozen3(mp, mp % tp)
-                self.stage3(parts, shapes, mp, mp % tp)
-            else:
-                self.stage12(parts, shapes, mp, mp % tp)
-        self.shards.into(self.out)
-        self.out.objects[GROUPS] = _together(self.groups, tp)
-        return self.out
+        return tp
 
     def tree(self, name: str) -> Any:
         """A file's value."""
@@ -97,17 +71,12 @@ class ZeroReader:
         """The file's number."""
         return self.out.file(f"{self._lead}/{name}".lstrip("/"), self.folder.files[name])
 
-    def optimizer_of(self, rank: int, mp: int) -> dict[str, Any]:
-        """What an optimizer file says."""
-        name = self.optim[rank, mp]
-        return mapping(mapping(self.tree(name), name).get("optimizer_state_dict"), f"{name}: optimizer_state_dict")
-
-    # --- weights, buffers, what is frozen
+    # --- weights and buffers
 
     def module(self, states: dict[str, Any], mp: int, tp_rank: int, shapes: list[dict[str, Shape]]) -> None:
         """Tensors of the module's state dict; empty ones are stage 3's placeholders."""
         name = self.model[0, mp]
-        tied = {str(a): str(o) for a, o in mapping(states.get("shared_params") or {}, f"{name}: shared_params").items()}
+        tied = self._ties(states, name)
         buffers = {str(n) for n in states.get("buffer_names") or ()}
         module = states.get("module")
         self._expert_weights(buffers, tp_rank)
@@ -132,6 +101,10 @@ class ZeroReader:
                         self.out.buffers.add(f"{MODEL}{fqn}")
                     self.shards.put(f"{MODEL}{fqn}", tp_rank, tensor.dtype, tensor.shape, [whole_row(tensor, self.number(file))])
 
+    def _ties(self, states: dict[str, Any], name: str) -> dict[str, str]:
+        """Tied names -> the one that is stored."""
+        return {str(a): str(o) for a, o in mapping(states.get("shared_params") or {}, f"{name}: shared_params").items()}
+
     def _expert_weights(self, buffers: set[str], tp_rank: int) -> None:
         """Weights and buffers of experts; `buffer_names` has those of the first rank's."""
         for file, fqn, tensor in self.experts.weights(self.tree):
@@ -155,6 +128,106 @@ class ZeroReader:
             return found[0]
         return fqn
 
+    # --- masters and moments
+
+    def master(self, fqn: str, tp_rank: int, dtype: str, shape: Shape, rows: Sequence[Row]) -> None:
+        """The master of a weight: beside the weight where the files hold one, else in its place."""
+        weight, name = f"{MODEL}{fqn}", f"{STATE}{fqn}.master"
+        if name in self.shards or (weight in self.shards and weight not in self._alone):
+            if name not in self.shards:
+                self.out.pairs.append((weight, name))
+            self.shards.put(name, tp_rank, dtype, shape, rows)
+            return
+        self._alone.add(weight)
+        if self._computes:
+            self.out.derived[weight] = self._computes
+        self.shards.put(weight, tp_rank, dtype, shape, rows)
+
+    def _slots(self, states: list[dict[str, Any]], names: list[str], tp_rank: int, layout: Layout | Shares) -> None:
+        """Moments as rows; scalars once per parameter."""
+        for slot in states[0]:
+            held = [s.get(slot) for s in states]
+            first = held[0]
+            if isinstance(first, Stored) and first.shape:
+                flats = [Flat(h, self.number(n), f"{n}: {slot}") for h, n in zip(held, names, strict=True)]
+                if isinstance(layout, Layout):
+                    layout.check([f.numel for f in flats], names, slot)
+                for fqn, shape, rows in layout.rows(flats):
+                    self.shards.put(f"{STATE}{fqn}.{slot}", tp_rank, flats[0].dtype, shape, rows)
+            elif isinstance(first, Stored):
+                numbers = [self.number(n) for n in names]
+                rows = [whole_row(stored(h, f"{n}: {slot}"), f) for h, n, f in zip(held, names, numbers, strict=True)]
+                if first.dtype != "F32" and slot == "step":
+                    self._literal_step(layout.shapes, float(array_of(first, self.folder, names[0]).item()))
+                    continue
+                for fqn in layout.shapes:
+                    for row in rows:
+                        self.shards.put(f"{STATE}{fqn}.{slot}", tp_rank, first.dtype, (), [row])
+            elif slot == "step" and isinstance(first, int | float):
+                self._literal_step(layout.shapes, first)
+            elif first is not None:
+                self.out.notes.append(f"{names[0]}: the optimizer's {slot} is a {type(first).__name__} and is left out")
+
+    def _literal_step(self, names: Mapping[str, Any], step: float) -> None:
+        for fqn in names:
+            if f"{STATE}{fqn}.step" not in self.out.tensors:
+                self.out.literal(f"{STATE}{fqn}.step", "F32", struct.pack("<f", float(step)))
+
+    # --- objects
+
+    def objects(self, states: dict[str, Any], optimizer: dict[str, Any]) -> None:
+        """Steps, schedulers, client state."""
+        config = states.get("ds_config")
+        self.config = config if isinstance(config, dict) else {}
+        file = self.model[0, 0]
+        beside = self.optim.get((0, 0), file)
+        self._computes = computes(self.config, beside)
+        self.out.objects |= objects_of(states, optimizer, self.folder, file, beside)
+
+
+class ZeroReader(FolderReader):
+    """A ZeRO checkpoint being made of its files."""
+
+    def __init__(self, place: Place, options: ReadOptions, stage: int) -> None:
+        super().__init__(place, options, stage)
+        self.dp = 1 + max((r for r, _ in self.optim), default=-1)
+        missing = [m for m in range(min(self.mp, len(self.folder.files))) if (0, m) not in self.model]
+        if not self.optim or len(self.optim) != self.dp * self.mp or missing:
+            msg = f"{self.folder.label}: {len(self.optim)} optim_states files and {len(self.model)} model_states files of {self.dp} data parallel times {self.mp} mp ranks"
+            raise BadForeign(msg, remedy="the checkpoint is not whole: take another tag")
+
+    def checkpoint(self) -> Checkpoint:
+        """All of it."""
+        first = mapping(self.tree(self.model[0, 0]), self.model[0, 0])
+        saved = first.get("dp_world_size")
+        if isinstance(saved, int) and saved != self.dp:
+            msg = f"{self.model[0, 0]}: {saved} data parallel ranks saved, and there are files of {self.dp}"
+            raise BadForeign(msg)
+        tp = self.start(first)
+        for mp in range(self.mp):
+            states = first if mp == 0 else mapping(self.tree(self.model[0, mp]), self.model[0, mp])
+            parts = [self.optimizer_of(r, mp) for r in range(self.dp)]
+            if mp == 0:
+                self.objects(states, parts[0])
+            told = states.get("param_shapes")
+            shapes = [shapes_of(s) for s in listing(told or [], f"{self.model[0, mp]}: param_shapes")]
+            self.module(states, mp, mp % tp, shapes)
+            if told is None:
+                shapes = self._shapes_of_slices(parts, mp, mp % tp)
+            if self.stage == 3:
+                self.frozen3(mp, mp % tp)
+                self.stage3(parts, shapes, mp, mp % tp)
+            else:
+                self.stage12(parts, shapes, mp, mp % tp)
+        self.shards.into(self.out)
+        self.out.objects[GROUPS] = together(self.groups, tp)
+        return self.out
+
+    def optimizer_of(self, rank: int, mp: int) -> dict[str, Any]:
+        """What an optimizer file says."""
+        name = self.optim[rank, mp]
+        return mapping(mapping(self.tree(name), name).get("optimizer_state_dict"), f"{name}: optimizer_state_dict")
+
     def frozen3(self, mp: int, tp_rank: int) -> None:
         """Stage 3's frozen parameters: each rank's share, padded."""
         shapes: dict[str, Shape] = {}
@@ -171,21 +244,6 @@ class ZeroReader:
                 share = -(-prod(shape) // self.dp)
                 start, stop = min(rank * share, prod(shape)), min((rank + 1) * share, prod(shape))
                 self.shards.put(f"{MODEL}{fqn}", tp_rank, flat.dtype, shape, flat.rows(shape, start, stop - start, 0))
-
-    # --- masters and moments
-
-    def master(self, fqn: str, tp_rank: int, dtype: str, shape: Shape, rows: Sequence[Row]) -> None:
-        """The master of a weight: beside the weight where the files hold one, else in its place."""
-        weight, name = f"{MODEL}{fqn}", f"{STATE}{fqn}.master"
-        if name in self.shards or (weight in self.shards and weight not in self._alone):
-            if name not in self.shards:
-                self.out.pairs.append((weight, name))
-            self.shards.put(name, tp_rank, dtype, shape, rows)
-            return
-        self._alone.add(weight)
-        if self._computes:
-            self.out.derived[weight] = self._computes
-        self.shards.put(weight, tp_rank, dtype, shape, rows)
 
     def stage12(self, parts: list[dict[str, Any]], shapes: list[dict[str, Shape]], mp: int, tp_rank: int) -> None:
         """Partitions of the flat groups."""
@@ -293,45 +351,6 @@ class ZeroReader:
             raise BadForeign(msg)
         self.groups[mp] = groups
 
-    def _slots(self, states: list[dict[str, Any]], names: list[str], tp_rank: int, layout: Layout | Shares) -> None:
-        """Moments as rows; scalars once per parameter."""
-        for slot in states[0]:
-            held = [s.get(slot) for s in states]
-            first = held[0]
-            if isinstance(first, Stored) and first.shape:
-                flats = [Flat(h, self.number(n), f"{n}: {slot}") for h, n in zip(held, names, strict=True)]
-                if isinstance(layout, Layout):
-                    layout.check([f.numel for f in flats], names, slot)
-                for fqn, shape, rows in layout.rows(flats):
-                    self.shards.put(f"{STATE}{fqn}.{slot}", tp_rank, flats[0].dtype, shape, rows)
-            elif isinstance(first, Stored):
-                numbers = [self.number(n) for n in names]
-                rows = [whole_row(stored(h, f"{n}: {slot}"), f) for h, n, f in zip(held, names, numbers, strict=True)]
-                if first.dtype != "F32" and slot == "step":
-                    self._literal_step(layout.shapes, float(array_of(first, self.folder, names[0]).item()))
-                    continue
-                for fqn in layout.shapes:
-                    for row in rows:
-                        self.shards.put(f"{STATE}{fqn}.{slot}", tp_rank, first.dtype, (), [row])
-            elif slot == "step" and isinstance(first, int | float):
-                self._literal_step(layout.shapes, first)
-            elif first is not None:
-                self.out.notes.append(f"{names[0]}: the optimizer's {slot} is a {type(first).__name__} and is left out")
-
-    def _literal_step(self, names: Mapping[str, Any], step: float) -> None:
-        for fqn in names:
-            if f"{STATE}{fqn}.step" not in self.out.tensors:
-                self.out.literal(f"{STATE}{fqn}.step", "F32", struct.pack("<f", float(step)))
-
-    # --- objects
-
-    def objects(self, states: dict[str, Any], optimizer: dict[str, Any]) -> None:
-        """Steps, schedulers, client state."""
-        config = states.get("ds_config")
-        self.config = config if isinstance(config, dict) else {}
-        self._computes = computes(self.config, self.optim[0, 0])
-        file = self.model[0, 0]
-        self.out.objects |= objects_of(states, optimizer, self.folder, file, self.optim[0, 0])
 
 def _nth(part: dict[str, Any], key: str, n: int, file: str) -> Any:
     held = listing(part.get(key), f"{file}: {key}")
@@ -346,7 +365,7 @@ def _hyper(base: Any, g: int) -> dict[str, Any]:
     return {k: v for k, v in groups[g].items() if k != "params"} if g < len(groups) else {}
 
 
-def _together(groups: Mapping[int, list[dict[str, Any]]], tp: int) -> list[dict[str, Any]]:
+def together(groups: Mapping[int, list[dict[str, Any]]], tp: int) -> list[dict[str, Any]]:
     """Groups of the pipeline's stages: at each place, one group of all their parameters."""
     out: list[dict[str, Any]] = []
     for mp in sorted(groups):

@@ -120,12 +120,15 @@ def config_of(task: dict) -> dict:
     if task["stage"] == 3:
         zero = {k: v for k, v in zero.items() if not k.endswith("bucket_size")} | {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
         # the last: stage 3's own linear layer replaces torch's for good, and rounds 16-bit sums elsewhere
+    if task["stage"] == 0:
+        zero = {"stage": 0}
     return {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_clipping": 1.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": task["dtype"] == "bf16"},
+        "fp16": {"enabled": task["dtype"] == "fp16", "initial_scale_power": 4},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3, "warmup_max_lr": 1e-2, "warmup_num_steps": 10}},
         "checkpoint": {"load_universal": task.get("universal", False)},
     } | task.get("config", {})
@@ -145,6 +148,10 @@ def engine_of(task: dict):
         groups = split_params_into_different_moe_groups_for_optimizer([{**g, "name": f"dense{i}"} for i, g in enumerate(groups)])
     kind = task.get("optimizer", "adamw")
     optimizer = torch.optim.SGD(groups, lr=1e-2, momentum=0.9) if kind == "sgd" else torch.optim.AdamW(groups, lr=1e-2)
+    # the fused kernel is C++ of its own; the optimizer around it, which lays files out, asks only what class it is of
+    deepspeed.runtime.engine.FusedAdam = torch.optim.AdamW if task.get("fused") else deepspeed.ops.adam.FusedAdam
+    if task["dtype"] == "fp16":  # torch computes it; DeepSpeed asks for a processor with instructions for it
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(task))
     if task.get("files") == "ckptd":
         from ckptd.integrations.deepspeed_live import CkptdCheckpointEngine
@@ -216,6 +223,8 @@ def held(engine, slots: tuple[str, ...]) -> dict:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     opt = engine.optimizer
+    if not engine.zero_optimization():
+        return held_without_zero(engine, slots)
     if hasattr(opt, "_lazy_init_hp_params_optimizer_state"):  # DeepSpeed's defect: linked after the first group's step only
         opt._hp_optimizer_states_linked = False
         opt._lazy_init_hp_params_optimizer_state()
@@ -237,6 +246,36 @@ def held(engine, slots: tuple[str, ...]) -> dict:
     return {
         "master": master, "state": state, "module": module, "buffers": buffers_of(engine.module),
         "steps": steps, "groups": groups, "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler else None, "global_steps": engine.global_steps,
+    }  # fmt: skip
+
+
+def held_without_zero(engine, slots: tuple[str, ...]) -> dict:
+    """Stage 0: the parameters themselves, or the masters that the 16-bit optimizers keep of them, one each or flat."""
+    opt = engine.optimizer
+    inner = getattr(opt, "optimizer", opt)
+    names = {p: n for n, p in engine.module.named_parameters()}
+    master, state = {}, {}
+    for i, group in enumerate(inner.param_groups):
+        params = opt.fp16_groups[i] if hasattr(opt, "fp16_groups") else group["params"]
+        at = 0
+        for k, p in enumerate(params):
+            if hasattr(opt, "fp32_groups_flat"):
+                flat = {"": opt.fp32_groups_flat[i]} | {s: inner.state[opt.fp32_groups_flat[i]][s] for s in slots}
+                found = {s: t.detach()[at : at + p.numel()].reshape(p.shape).clone() for s, t in flat.items()}
+                at += p.numel()
+            else:
+                own = group["params"][k]
+                found = {"": own.detach().clone()} | {s: inner.state[own][s].clone() for s in slots}
+            master[names[p]] = found.pop("")
+            state[names[p]] = found
+    module = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+    if hasattr(engine.module, "ep_size"):
+        master, state, module = (merged(engine.module, part) for part in (master, state, module))
+    return {
+        "master": master, "state": state, "module": module, "buffers": buffers_of(engine.module),
+        "steps": sorted({float(s["step"]) for s in inner.state.values() if "step" in s}),
+        "groups": [{k: v for k, v in g.items() if k != "params"} for g in inner.param_groups],
+        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler else None, "global_steps": engine.global_steps,
     }  # fmt: skip
 
 
