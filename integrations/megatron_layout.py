@@ -73,11 +73,12 @@ def fused_names(names: Iterable[str]) -> dict[str, str]:
 def sharded_names(names: Iterable[str]) -> dict[str, str]:
     """Names of the local spec or of Transformer Engine's grouped experts -> names as they are here; only those that differ."""
     held = [*names]
-    renamed = fused_names(held)
-    for name in held:
-        if found := _GROUPED.fullmatch(name):
-            renamed[name] = f"{found[1]}.local_experts.{found[4]}.{found[2]}.{found[3]}"
-    return renamed
+    return fused_names(held) | single_experts(held)
+
+
+def single_experts(names: Iterable[str]) -> dict[str, str]:
+    """Names of Transformer Engine's grouped experts -> the same experts' one by one."""
+    return {n: f"{m[1]}.local_experts.{m[4]}.{m[2]}.{m[3]}" for n in names if (m := _GROUPED.fullmatch(n))}
 
 
 def unfused_name(name: str) -> str:
