@@ -196,13 +196,14 @@ def registration_orders(names: Sequence[str]) -> Iterator[list[str]]:
     yield expanded(names)
     for order in (_ORDER, _ORDER_FUSED):
 
-        def rank(name: str, order: Sequence[str] = order) -> tuple[int, int, int]:
+        def rank(name: str, order: Sequence[str] = order) -> tuple[int, int, int, int]:
             found = LAYER.fullmatch(name)
             inner = found[3] if found else name
+            expert = EXPERT.fullmatch(inner)
             part = 1 if inner.startswith("mlp.") or "pre_mlp" in inner else 0
             place = next((i for i, m in enumerate(order) if m in inner), len(order)) if not part else _mlp_place(inner)
             kinds = ("layer_norm_weight", "layer_norm_bias", "weight", "bias")
-            return part, place, next((i for i, k in enumerate(kinds) if inner.endswith(k)), len(kinds))
+            return part, int(expert[2]) if expert else -1, place, next((i for i, k in enumerate(kinds) if inner.endswith(k)), len(kinds))
 
         yield expanded(sorted(names, key=rank))
 

@@ -455,6 +455,8 @@ class _Writer:
         self.layers = 1 + max((int(m[2]) for n in self.shapes if (m := layout.LAYER.fullmatch(n))), default=-1)
         self.arguments = {**(checkpoint.objects.get("extras.args") or {}), **(options.config.get("args") or {})}
         self.arguments |= {"tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
+        self.arguments |= {k: 1 for k in ("expert_model_parallel_size",) if k in self.arguments}
+        self.arguments |= {k: None for k in ("expert_tensor_parallel_size",) if k in self.arguments}
         self.stages = layout.stages(self.layers, options.pp, self.arguments)
         self.tied = options.pp > 1 and layout.OUTPUT not in self.shapes
         self.arguments["untie_embeddings_and_output_weights"] = layout.OUTPUT in self.shapes

@@ -434,6 +434,19 @@ def test_experts_come_back(ranks, saved, tmp_path):
     assert all(again[n].tobytes() == v.tobytes() for n, v in source.held.items())
 
 
+@pytest.mark.parametrize(
+    ("name", "run"), [("ep2", {"experts": 4}), ("ep2pp2", {"experts": 4, "pp": 2, "dtype": "bf16", "optimizer": "dist"})]
+)
+def test_experts_of_several_ranks_become_one_ranks(ranks, saved, tmp_path, name, run):
+    source = saved(name)
+    plain = {"optimizer": "plain"} if "optimizer" not in run else {}
+    folder = written(source.legacy, tmp_path / "out", "megatron-legacy", pp=run.get("pp", 1), config={"spec": "local", **plain})
+    ranks.do(world=run.get("pp", 1), run=run, load_legacy=folder, dump=str(tmp_path / "held"))
+    again = gathered(tmp_path, 4)
+    assert set(again) == set(source.held)
+    assert all(again[n].tobytes() == v.tobytes() for n, v in source.held.items())
+
+
 # --- writing: what needs no ranks -------------------------------------------------------------------------------------------
 
 
