@@ -191,6 +191,7 @@ OURS = (
     "ckptd.integrations.deepspeed:ZERO1",
     "ckptd.integrations.deepspeed:ZERO2",
     "ckptd.integrations.deepspeed:ZERO3",
+    "ckptd.integrations.deepspeed:ZERO0",
     "ckptd.integrations.hf:HF",
     "ckptd.integrations.torch_native:TORCH",
 )
@@ -198,7 +199,7 @@ OURS = (
 
 
 ALSO = {
-    "deepspeed-universal": "universal", "ds-universal": "universal", "zero-1": "zero1", "zero-2": "zero2", "zero-3": "zero3", "deepspeed-zero1": "zero1",
+    "deepspeed-universal": "universal", "ds-universal": "universal", "zero-0": "zero0", "deepspeed-zero0": "zero0", "zero-1": "zero1", "zero-2": "zero2", "zero-3": "zero3", "deepspeed-zero1": "zero1",
     "deepspeed-zero2": "zero2", "deepspeed-zero3": "zero3", "huggingface": "hf", "safetensors": "hf", "torch_dist": "megatron", "megatron-core": "megatron",
     "torch.save": "torch", "pt": "torch", "dcp_safetensors": "dcp-safetensors", "native": "ckptd",
 }  # fmt: skip

@@ -37,6 +37,7 @@ from ckptd.integrations.torch_state import (
     name_numbers,
     number_of,
     plain,
+    refuse_flat,
     step_of,
 )
 
@@ -373,6 +374,7 @@ class Reader:
 
     def finish(self, hint: Sequence[str]) -> None:
         """Place all chunks, and give everything its name."""
+        refuse_flat(self.infos, self.place.label)
         tensors = {key: self._placed(key) for key in self.infos}
         for (dp, tp), names in self.derived.items():
             self.out.notes.append(

@@ -5,6 +5,7 @@
     <tag>/zero_pp_rank_R_mp_rank_MM_model_states.pt       the same per rank R (stage 3; its weights are empty)
     <tag>/[bf16_]zero_pp_rank_R_mp_rank_MM_optim_states.pt   masters and moments, flat
     <tag>/layer_LL-model_TT-model_states.pt               weights of a pipeline's layer
+    <tag>/layer_L_expert_E_mp_rank_MM_model_states.pt     weights of an expert (`deepspeed_experts`)
     <tag>/zero/<fqn>/{fp32,exp_avg,...,step}.pt           universal; zero/optimizer_state.pt
 
 The flat layouts
@@ -17,7 +18,7 @@ What we hold true
 - offsets follow from `param_shapes` alone; `param_slice_mappings` are compared where they must agree, and never believed: under `round_robin_gradients` DeepSpeed
   (0.16.5 to 0.19.8) writes other parameters' offsets there;
 - padding is in no row;
-- whatever is not known how to be cut (experts, tensor parallel shards without patterns, NVMe) is refused by its name.
+- whatever is not known how to be cut (experts beside tensor parallel ranks, tensor parallel shards without patterns, NVMe) is refused by its name.
 
 Client state is `extras.<key>`, the scheduler `extras.lr_scheduler`, all else that DeepSpeed keeps `extras.deepspeed`.
 Sources: deepspeed 0.19.8, runtime/{engine,bf16_optimizer}.py, runtime/zero/{stage_1_and_2,stage3}.py, checkpoint/{ds_to_universal,universal_checkpoint}.py.
@@ -37,7 +38,7 @@ from ckptd.core.cast import NUMPY
 from ckptd.core.image import ITEM_BYTES
 from ckptd.core.inert import Dtype, Global, Made, shown
 from ckptd.core.logical import Checkpoint
-from ckptd.errors import BadForeign, NotFound
+from ckptd.errors import BadArgument, BadForeign, NotFound
 from ckptd.formats import Place, Plan, ReadOptions, WriteOptions
 from ckptd.integrations.native import AsTensor
 
@@ -49,14 +50,17 @@ OWN_KEYS = (
 )  # fmt: skip
 """Keys of model states that are DeepSpeed's; all others are the client's."""
 KEPT_KEYS = ("data_sampler", "random_ltd", "sparse_tensor_module_names", "skipped_steps", "global_samples", "ds_config", "ds_version", "universal_checkpoint_info")
-KEPT_OPTIMIZER_KEYS = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+KEPT_OPTIMIZER_KEYS = (
+    "loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window",
+)  # fmt: skip
 ARRAY_BYTES_MAX = 64 << 20
 """A tensor in the client state (a random state, a table) becomes an array of an object."""
 
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,5})_model_states\.pt")
 OPTIM_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,5})_?optim_states\.pt")
 LAYER_FILE = re.compile(r"layer_(\d{1,5})-model_(\d{1,5})-model_states\.pt")
-EXPERT_FILE = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+EXPERT_FILE = re.compile(r"(?:layer_(\d{1,6})_)?expert_(\d{1,6})_mp_rank_\d{1,5}_model_states\.pt")
+EXPERT_OPTIM_FILE = re.compile(r"expp_rank_(\d{1,6})_mp_rank_\d{1,5}_optim_states\.pt")
 UNIVERSAL_FILE = re.compile(r"zero/(?:(.+)/([^/]+)|optimizer_state)\.pt")
 
 
@@ -223,6 +227,29 @@ class Zero:
         return zero_plan(checkpoint, options, self.stage)
 
 
+class Plain:
+    """No ZeRO: every rank has all of the optimizer. Read, not written."""
+
+    name, title = "zero0", "DeepSpeed without ZeRO (stage 0): the optimizer in the model states; read only"
+
+    def probe(self, place: Place) -> bool:
+        """See Format."""
+        from ckptd.integrations.deepspeed_plain import lies_in
+
+        return not place.only and lies_in(place)
+
+    def read(self, place: Place, options: ReadOptions) -> Checkpoint:
+        """See Format. Hint `params`: names of the optimizer's parameters, in its order (a list, or text with commas)."""
+        from ckptd.integrations.deepspeed_plain import PlainReader
+
+        return _or_malformed(place, lambda: PlainReader(place, options).checkpoint())
+
+    def write(self, checkpoint: Checkpoint, options: WriteOptions) -> Plan:  # noqa: ARG002  a Format's
+        """See Format: refused."""
+        msg = "DeepSpeed's stage 0 is read, not written"
+        raise BadArgument(msg, remedy="--to zero1 is what an engine with any stage from 1 on loads; --to universal, engines of any size")
+
+
 class Universal:
     """Universal checkpoints."""
 
@@ -241,7 +268,7 @@ class Universal:
 
     def read(self, place: Place, options: ReadOptions) -> Checkpoint:
         """See Format."""
-        from ckptd.integrations.deepspeed_read import UniversalReader
+        from ckptd.integrations.deepspeed_universal import UniversalReader
 
         return _or_malformed(place, lambda: UniversalReader(place, options).checkpoint())
 
@@ -256,3 +283,4 @@ ZERO1 = Zero(1, "DeepSpeed ZeRO stage 1: flat partitions of masters and moments"
 ZERO2 = Zero(2, "DeepSpeed ZeRO stage 2: as stage 1")
 ZERO3 = Zero(3, "DeepSpeed ZeRO stage 3: every parameter cut over all ranks")
 UNIVERSAL = Universal()
+ZERO0 = Plain()

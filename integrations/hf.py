@@ -28,7 +28,6 @@ from math import prod
 from typing import Any
 
 from ckptd.core.archive import Tensor as Stored
-from ckptd.core.archive import read_torch
 from ckptd.core.boxes import Box, Shape
 from ckptd.core.cast import FLOATS
 from ckptd.core.emit import Known, OutFile, Taken, tensor_file, whole
@@ -39,7 +38,7 @@ from ckptd.core.tensorfile import parse
 from ckptd.errors import BadArgument, BadForeign
 from ckptd.formats import Place, Plan, ReadOptions, WriteOptions, need_drop
 from ckptd.integrations.torch_native import Reader as TorchReader
-from ckptd.integrations.torch_state import BUFFER, named_by_shape
+from ckptd.integrations.torch_state import BUFFER, named_by_shape, read_state
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
@@ -256,7 +255,7 @@ class _Read:
         return [*held.tensors]
 
     def _torch(self, file: str, number: int) -> Sequence[str]:
-        tree = read_torch(self.place.reader(self.folder.lead + file), self.sizes[file])
+        tree = read_state(self.place, self.folder.lead + file)
         if not isinstance(tree, dict):
             msg = f"{file}: a {type(tree).__name__}, and no state dict"
             raise BadForeign(msg)

@@ -73,11 +73,12 @@ def fused_names(names: Iterable[str]) -> dict[str, str]:
 def sharded_names(names: Iterable[str]) -> dict[str, str]:
     """Names of the local spec or of Transformer Engine's grouped experts -> names as they are here; only those that differ."""
     held = [*names]
-    renamed = fused_names(held)
-    for name in held:
-        if found := _GROUPED.fullmatch(name):
-            renamed[name] = f"{found[1]}.local_experts.{found[4]}.{found[2]}.{found[3]}"
-    return renamed
+    return fused_names(held) | single_experts(held)
+
+
+def single_experts(names: Iterable[str]) -> dict[str, str]:
+    """Names of Transformer Engine's grouped experts -> the same experts' one by one."""
+    return {n: f"{m[1]}.local_experts.{m[4]}.{m[2]}.{m[3]}" for n in names if (m := _GROUPED.fullmatch(n))}
 
 
 def unfused_name(name: str) -> str:
@@ -195,13 +196,14 @@ def registration_orders(names: Sequence[str]) -> Iterator[list[str]]:
     yield expanded(names)
     for order in (_ORDER, _ORDER_FUSED):
 
-        def rank(name: str, order: Sequence[str] = order) -> tuple[int, int, int]:
+        def rank(name: str, order: Sequence[str] = order) -> tuple[int, int, int, int]:
             found = LAYER.fullmatch(name)
             inner = found[3] if found else name
+            expert = EXPERT.fullmatch(inner)
             part = 1 if inner.startswith("mlp.") or "pre_mlp" in inner else 0
             place = next((i for i, m in enumerate(order) if m in inner), len(order)) if not part else _mlp_place(inner)
             kinds = ("layer_norm_weight", "layer_norm_bias", "weight", "bias")
-            return part, place, next((i for i, k in enumerate(kinds) if inner.endswith(k)), len(kinds))
+            return part, int(expert[2]) if expert else -1, place, next((i for i, k in enumerate(kinds) if inner.endswith(k)), len(kinds))
 
         yield expanded(sorted(names, key=rank))
 

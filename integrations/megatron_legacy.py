@@ -1,15 +1,19 @@
 """Megatron-LM's `torch` checkpoints (`--ckpt-format torch`): a folder per (tensor, pipeline) rank, as each rank holds its part.
 
     latest_checkpointed_iteration.txt
-    iter_0001000/mp_rank_<tp:02d>[_<pp:03d>]/model_optim_rng.pt   args, iteration, model (or model0, model1, ...), optimizer, rng_state
-                                             distrib_optim.pt     flat buffers of the distributed optimizer
+    iter_0001000/mp_rank_<tp:02d>[_<pp:03d>][_<ep:03d>]/model_optim_rng.pt   args, iteration, model (or model0, model1, ...), optimizer, rng_state
+                                                        distrib_optim.pt     flat buffers of the distributed optimizer
 
 Nothing in it says how ranks fit together; `megatron_layout` does, by name: rows and columns of the GPT family, layers counted stage by stage. Names of
 Megatron-LM before core (`language_model.encoder...`) are read too. What every rank has a copy of is compared; the padding of the vocabulary is kept, and noted.
 
 Parameters of the optimizer have numbers only: its groups hold the model's parameters in the order of their registration, which is that of the state dict.
 
-Not read, and said so: expert parallelism (experts of several ranks), checkpoint versions before 2.0 (another order of the rows of Q, K and V).
+Expert parallel ranks number their own experts from 0, and have two optimizers: one for experts, one for all else, which all of them hold alike; of a
+distributed one only the first data parallel rank's file has the flat buffers, which is the first expert parallel rank's.
+
+Not read, and said so: experts that are cut by another tensor parallelism than all else or lie in one tensor (GroupedMLP), checkpoint versions before 2.0
+(another order of the rows of Q, K and V).
 
 Source: Megatron-LM of August 2026, megatron/training/checkpointing.py; megatron-core 0.16.1, optimizer/distrib_optimizer.py.
 """
@@ -100,6 +104,7 @@ class _Rank:
 
     tp: int
     pp: int
+    ep: int
     file: str
     tree: dict[str, Any]
     models: list[dict[str, Stored]]
@@ -113,13 +118,10 @@ class _Reader:
         self.place, self.options = place, options
         self.out = Checkpoint(LEGACY.name)
         self.objects = Objects(place)
+        self.arguments: dict[str, Any] = {}
         self.ranks = [self._rank(n) for n in sorted(place.files) if _RANK.match(n) and n.startswith(f"{folder}/" if folder else "")]
-        arguments = self.ranks[0].tree.get("args") if self.ranks else None
-        self.arguments: dict[str, Any] = (
-            arguments.state if isinstance(arguments, Made) and isinstance(arguments.state, dict) else {}
-        )
         self._check()
-        self.tp, self.pp = 1 + max(r.tp for r in self.ranks), 1 + max(r.pp for r in self.ranks)
+        self.tp, self.pp, self.ep = 1 + max(r.tp for r in self.ranks), 1 + max(r.pp for r in self.ranks), 1 + max(r.ep for r in self.ranks)
 
     def checkpoint(self) -> Checkpoint:
         """All of it."""
@@ -150,29 +152,33 @@ class _Reader:
         if found is None or not isinstance(tree, dict):
             msg = f"{name}: no dict of Megatron-LM"
             raise BadForeign(msg)
-        if found[3] is not None:
-            msg = f"{name}: written with expert parallelism, which is not read in this format"
-            raise BadForeign(msg, remedy="save with --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable")
+        arguments = tree.get("args")
+        if not self.arguments and isinstance(arguments, Made) and isinstance(arguments.state, dict):
+            self.arguments = arguments.state
+        pp, ep = int(found[2] or 0), int(found[3] or 0)
+        if found[3] is None and self.arguments.get("pipeline_model_parallel_size") == 1:  # of two numbers the second is the stage, if there are stages
+            pp, ep = 0, pp
         keys = sorted((k for k in tree if _CHUNK.fullmatch(k)), key=lambda k: int(k[5:] or 0))
         models: list[dict[str, Stored]] = []
         for key in keys:
             models.append({})
             _flatten(tree[key], "", models[-1])
-        return _Rank(int(found[1]), int(found[2] or 0), name, tree, models)
+        return _Rank(int(found[1]), pp, ep, name, tree, models)
 
     def _check(self) -> None:
-        there = {(r.tp, r.pp) for r in self.ranks}
-        tps, pps = {t for t, _ in there}, {p for _, p in there}
-        if not there or there != {(t, p) for t in range(len(tps)) for p in range(len(pps))}:
-            msg = f"{self.place.label}: ranks {sorted(there)} are no grid of tensor and pipeline ranks"
+        there = {(r.tp, r.pp, r.ep) for r in self.ranks}
+        tps, pps, eps = ({r[i] for r in there} for i in range(3))
+        if not there or there != {(t, p, e) for t in range(len(tps)) for p in range(len(pps)) for e in range(len(eps))}:
+            msg = f"{self.place.label}: ranks {sorted(there)} are no grid of tensor, pipeline and expert ranks"
             raise BadForeign(msg, remedy="a rank's folder is missing")
-        if (self.arguments.get("expert_model_parallel_size") or 1) > 1:
-            msg = f"{self.place.label}: written with expert parallelism, which is not read in this format"
-            raise BadForeign(msg, remedy="save with --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable")
-        for name, size in (("tensor_model_parallel_size", len(tps)), ("pipeline_model_parallel_size", len(pps))):
-            if self.arguments.get(name, size) != size:
+        sizes = (("tensor", len(tps)), ("pipeline", len(pps)), ("expert", len(eps)))
+        for name, size in ((f"{n}_model_parallel_size", size) for n, size in sizes):
+            if (self.arguments.get(name) or size) != size:
                 msg = f"{self.place.label}: {name} is {self.arguments[name]}, but there are {size} ranks"
                 raise BadForeign(msg, remedy="a rank's folder is missing")
+        if len(eps) > 1 and self.arguments.get("expert_tensor_parallel_size") not in {None, len(tps)}:
+            msg = f"{self.place.label}: experts are cut for {self.arguments['expert_tensor_parallel_size']} tensor ranks, all else for {len(tps)}, which is not read in this format"
+            raise BadForeign(msg, remedy="save with --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable")
         version = self.ranks[0].tree.get("checkpoint_version", 0)
         if not isinstance(version, int | float) or version < 2.0:
             msg = f"{self.place.label}: checkpoint version {version}, in which the rows of Q, K and V are ordered otherwise"
@@ -190,7 +196,7 @@ class _Reader:
                 here = [r for r in self.ranks if r.pp == stage]
                 counts = set()
                 for rank in here:
-                    named = {layout.core_name(n): v for n, v in rank.models[chunk].items()}
+                    named = self._global_experts(rank, {layout.core_name(n): v for n, v in rank.models[chunk].items()})
                     fused = layout.fused_names(named)
                     numbers = {int(m[2]) for n in named if (m := layout.LAYER.fullmatch(n))}
                     counts.add(len(numbers))
@@ -208,6 +214,25 @@ class _Reader:
                     msg = f"{self.place.label}: tensor ranks of pipeline stage {stage} have {sorted(counts)} layers"
                     raise BadForeign(msg)
                 before += counts.pop()
+
+    def _global_experts(self, rank: _Rank, named: dict[str, Stored]) -> dict[str, Stored]:
+        """A chunk's tensors, its experts by their numbers among those of all ranks."""
+        if not any(map(layout.is_expert, named)):
+            return named
+        singles = layout.single_experts(named)
+        held = {singles.get(n, n): v for n, v in named.items()}
+        if self.ep == 1:
+            return held
+        found = {n: m for n in held if layout.is_expert(n) and (m := layout.EXPERT.fullmatch(n))}
+        stacked = next((n for n in held if layout.is_expert(n) and n not in found), "")
+        total = self.arguments.get("num_experts")
+        numbers = {int(m[2]) for m in found.values()}
+        if stacked or numbers != set(range(len(numbers))) or (isinstance(total, int) and total != len(numbers) * self.ep):
+            what = f"{stacked} holds several experts" if stacked else f"experts {sorted(numbers)[:8]} of {total} on one of {self.ep} ranks"
+            msg = f"{rank.file}: {what}, which is not read in this format"
+            raise BadForeign(msg, remedy="save with --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable")
+        first = rank.ep * len(numbers)
+        return {f"{m[1]}.local_experts.{first + int(m[2])}.{m[3]}" if (m := found.get(n)) else n: v for n, v in held.items()}
 
     def _tied(self) -> bool:
         """Whether the last stage's output layer is its copy of the embedding."""
@@ -239,22 +264,38 @@ class _Reader:
         return layout.is_gated({n: leaf.shape for chunk in rank.chunks for n, leaf in chunk.items()})
 
     def _optimizer(self, rank: _Rank) -> OptimizerState:
-        """A rank's optimizer. Numbered state gets the names of the group's parameters, in their order."""
+        """A rank's optimizer, or several: of experts, and of all else. Numbered state gets the names of the group's parameters, in their order."""
         found = rank.tree.get("optimizer")
-        inner = found.get("optimizer", found) if isinstance(found, dict) else None
-        if not isinstance(found, dict) or not isinstance(inner, dict):
-            return OptimizerState([], None, {})
+        parts = found if isinstance(found, list) else [found]
+        values = [self._part(rank, p, self._names_of(rank, i)) for i, p in enumerate(parts)]
+        return optimizer_state([v for v in values if v])
+
+    def _names_of(self, rank: _Rank, number: int) -> set[str]:
+        """The weights that a rank's optimizer `number` may have: all, where there is one."""
+        every = [n for chunk in rank.chunks for n in chunk]
+        found = rank.tree.get("optimizer")
+        if not isinstance(found, list) or len(found) == 1:
+            return set(every)
+        kinds = {bool(layout.group_key(g)[2]) for g in _inner(found[number]).get("param_groups") or ()}
+        if len(found) != 2 or len(kinds) > 1 or (kinds and kinds != {number == 1}):
+            msg = f"{rank.file}: {len(found)} chained optimizers, and not one of experts and one of all else"
+            raise BadForeign(msg, remedy="save with --ckpt-format torch_dist")
+        return {n for n in every if layout.is_expert(n) == (number == 1)}
+
+    def _part(self, rank: _Rank, found: Any, names: set[str]) -> dict[str, Any]:
+        inner = _inner(found)
+        if not isinstance(found, dict) or not inner:
+            return {}
         kept = {k: v for k, v in found.items() if k not in {"optimizer", "state", "param_groups", "fp32_from_fp16_params"}}
         groups = [{k: v for k, v in g.items() if k != "params"} for g in inner.get("param_groups") or ()]
-        values = self.objects.plain({"param_groups": groups, **kept}, "optimizer", rank.file)
-        state = inner.get("state")
-        if state:
-            values["state"] = {"common_step": self._numbered(rank, inner, found.get("fp32_from_fp16_params"))}
-        return optimizer_state(values)
+        values: dict[str, Any] = self.objects.plain({"param_groups": groups, **kept}, "optimizer", rank.file)
+        if inner.get("state"):
+            values["state"] = {"common_step": self._numbered(rank, inner, found.get("fp32_from_fp16_params"), names)}
+        return values
 
-    def _numbered(self, rank: _Rank, inner: Mapping[str, Any], masters: Any) -> float | None:
+    def _numbered(self, rank: _Rank, inner: Mapping[str, Any], masters: Any, those: set[str]) -> float | None:
         state, groups = inner["state"], inner["param_groups"]
-        weights = {n: leaf for chunk in rank.chunks for n, leaf in chunk.items()}
+        weights = {n: leaf for chunk in rank.chunks for n, leaf in chunk.items() if n in those}
         trained = self.options.hints.get("params")
         shapes = {n: leaf.shape for n, leaf in weights.items() if not trained or n in trained}
         steps = set()
@@ -304,28 +345,30 @@ class _Reader:
             if decoder is None:
                 decoder = FlatDecoder(self.place, self.out, self.tp, self._sizes_of)
             tree = read_torch(self.place.reader(name), self.place.files[name])
-            if not isinstance(tree, dict) or not tree.get("buckets_coalesced"):
-                msg = f"{name}: not a dict of coalesced buckets"
-                raise BadForeign(
-                    msg,
-                    remedy="several chained optimizers (experts) and files of before February 2024 are not read: save with --ckpt-format torch_dist",
-                )
+            parts = tree if isinstance(tree, list) else [tree]
             self._stage = rank.pp
-            dtypes = {leaf.dtype for chunk in rank.chunks for leaf in chunk.values()}
-            for number, held in ((k, v) for k, v in tree.items() if isinstance(k, int)):
-                chunk = (
-                    rank.chunks[number]
-                    if len(rank.chunks) > 1 and number < len(rank.chunks)
-                    else {n: v for c in rank.chunks for n, v in c.items()}
-                )
-                for (code, _), slots in held.items():
-                    order = [n for n, leaf in chunk.items() if leaf.dtype == code.name or len(dtypes) == 1]
-                    decoder.decode(
-                        f"{name}, buffer {number}",
-                        rank.tp,
-                        [self.options.hints.get("params") or order],
-                        self._buffer(name, code.name, slots),
-                    )
+            for number, part in enumerate(parts):
+                if part is None and len(parts) > 1:  # another rank's file has it
+                    continue
+                if not isinstance(part, dict) or not part.get("buckets_coalesced") or len(parts) != self._optimizers(rank):
+                    msg = f"{name}: not a dict of coalesced buckets for each of {self._optimizers(rank)} optimizers"
+                    raise BadForeign(msg, remedy="files of before February 2024 are not read: save with --ckpt-format torch_dist")
+                self._decode(decoder, rank, name, part, self._names_of(rank, number))
+
+    def _optimizers(self, rank: _Rank) -> int:
+        found = rank.tree.get("optimizer")
+        return len(found) if isinstance(found, list) else 1
+
+    def _decode(self, decoder: FlatDecoder, rank: _Rank, name: str, tree: Mapping[Any, Any], names: set[str]) -> None:
+        """The buffers of one optimizer, which has these parameters."""
+        chunks = [{n: v for n, v in c.items() if n in names} for c in rank.chunks]
+        dtypes = {leaf.dtype for chunk in chunks for leaf in chunk.values()}
+        hint = [n for n in self.options.hints.get("params") or () if n in names]
+        for number, held in ((k, v) for k, v in tree.items() if isinstance(k, int)):
+            chunk = chunks[number] if len(chunks) > 1 and number < len(chunks) else {n: v for c in chunks for n, v in c.items()}
+            for (code, _), slots in held.items():
+                order = [n for n, leaf in chunk.items() if leaf.dtype == code.name or len(dtypes) == 1]
+                decoder.decode(f"{name}, buffer {number}", rank.tp, [hint or order], self._buffer(name, code.name, slots))
 
     def _buffer(self, name: str, dtype: str, slots: Mapping[str, Any]) -> Buffer:
         file = self.out.file(name, self.place.files[name])
@@ -367,10 +410,10 @@ class _Reader:
             out.objects["step"] = first.tree["iteration"]
         for rank in self.ranks:
             if rank.tree.get("rng_state") is not None:
-                out.per_rank[rank.pp * self.tp + rank.tp] = {
+                out.per_rank[(rank.pp * self.ep + rank.ep) * self.tp + rank.tp] = {
                     "extras.rng_state": self.objects.plain(rank.tree["rng_state"], "rng_state", rank.file)
                 }
-        if out.per_rank:
+        if out.per_rank and self.ep == 1:
             out.objects["extras.rng_grid"] = [self.pp, self.tp]
         padded, true = self.arguments.get("padded_vocab_size"), self.arguments.get("vocab_size")
         if isinstance(padded, int) and isinstance(true, int) and padded != true:
@@ -384,6 +427,12 @@ def _flatten(value: Any, path: str, into: dict[str, Stored]) -> None:
     elif isinstance(value, dict):
         for key, item in value.items():
             _flatten(item, f"{path}.{key}" if path else str(key), into)
+
+
+def _inner(optimizer: Any) -> dict[str, Any]:
+    """The dict with the param groups of an optimizer; an empty one where there is none."""
+    inner = optimizer.get("optimizer", optimizer) if isinstance(optimizer, dict) else None
+    return inner if isinstance(inner, dict) else {}
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------------
@@ -406,6 +455,8 @@ class _Writer:
         self.layers = 1 + max((int(m[2]) for n in self.shapes if (m := layout.LAYER.fullmatch(n))), default=-1)
         self.arguments = {**(checkpoint.objects.get("extras.args") or {}), **(options.config.get("args") or {})}
         self.arguments |= {"tensor_model_parallel_size": options.tp, "pipeline_model_parallel_size": options.pp}
+        self.arguments |= {k: 1 for k in ("expert_model_parallel_size",) if k in self.arguments}
+        self.arguments |= {k: None for k in ("expert_tensor_parallel_size",) if k in self.arguments}
         self.stages = layout.stages(self.layers, options.pp, self.arguments)
         self.tied = options.pp > 1 and layout.OUTPUT not in self.shapes
         self.arguments["untie_embeddings_and_output_weights"] = layout.OUTPUT in self.shapes

@@ -50,19 +50,22 @@ _RESERVED = ("extras.rng_grid", "extras.extra_state", "extras.grad_scaler")
 
 
 def megatron_groups(checkpoint: Checkpoint, notes: list[str]) -> list[dict[str, Any]]:
-    """The param groups as Megatron tells them apart: those of another system are split by its rule, with their own hyper-parameters."""
+    """The param groups as Megatron tells them apart: those of another system are split by its rule, with their own hyper-parameters.
+
+    Every rank of a target has all experts. Megatron's are then in the groups of all else: `is_expert_parallel` means that ranks share them.
+    """
     groups = [dict(g) for g in checkpoint.groups]
     if not groups or all("wd_mult" in g or "pre_wd_mult" in g for g in groups):
-        return groups
-    made: dict[tuple[float, bool], dict[str, Any]] = {}
+        return _without_expert_parallel(groups)
+    made: dict[float, dict[str, Any]] = {}
     mixed = False
     for group in groups:
         for fqn in group["params"]:
             tensor = checkpoint.tensors.get(MODEL + fqn)
             undecayed = fqn.endswith("bias") or (tensor is not None and len(tensor.shape) == 1)
-            key = (0.0 if undecayed else 1.0, layout.is_expert(fqn))
+            key = 0.0 if undecayed else 1.0
             hyper = {k: v for k, v in group.items() if k not in {"params", "param_names"}}
-            identity = dict(zip(layout.IDENTITY, (key[0], 1.0, key[1], False), strict=True))
+            identity = dict(zip(layout.IDENTITY, (key, 1.0, False, False), strict=True))
             entry = made.setdefault(key, {**hyper, **identity, "params": []})
             mixed |= {k: v for k, v in entry.items() if k in hyper and k != "params"} != hyper
             entry["params"].append(fqn)
@@ -71,6 +74,19 @@ def megatron_groups(checkpoint: Checkpoint, notes: list[str]) -> list[dict[str, 
         + ("; their hyper-parameters differed within one, the first are kept" if mixed else "")
     )
     return [made[k] for k in sorted(made, reverse=True)]
+
+
+def _without_expert_parallel(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of experts as one rank that holds all of them has them: they join those that are otherwise like them."""
+    made: list[dict[str, Any]] = []
+    for group in groups:
+        named = {**group, "is_expert_parallel": False} if group.get("is_expert_parallel") else group
+        like = next((g for g in made if {**g, "params": ()} == {**named, "params": ()}), None) if named is not group else None
+        if like is None:
+            made.append(named)
+        else:
+            like["params"] = [*like["params"], *named["params"]]
+    return made
 
 
 def weight_dtypes(checkpoint: Checkpoint, options: WriteOptions, dropped: list[str]) -> dict[str, str]:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from ckptd.core.archive import Tensor as Stored
-from ckptd.core.archive import read_torch
 from ckptd.core.boxes import Box, Shape, chunk
 from ckptd.core.cast import FLOATS, NUMPY
 from ckptd.core.emit import OutFile, torch_file
@@ -48,6 +47,7 @@ from ckptd.integrations.torch_state import (
     number_of,
     numbered,
     plain,
+    read_state,
     step_of,
     truth,
 )
@@ -60,6 +60,8 @@ OPTIM_KEYS = ("optim", "optimizer", "optimizer_state_dict", "optim_state_dict", 
 INLINE_BYTES = 1 << 20
 """A tensor among the extras of up to this size is part of its object (random states, counters); a larger one (an EMA) stays a tensor."""
 RANKED = re.compile(r"(?:(.*/)?)(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
+
+
 class TorchFile:
     """The format "torch"."""
 
@@ -261,7 +263,7 @@ class Reader:
 
     def tree(self, name: str) -> Any:
         """The value of a file."""
-        return read_torch(self.place.reader(name), self.place.files[name])
+        return read_state(self.place, name)
 
     def use(self, name: str) -> None:
         """What follows is of this file."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ckptd.core.archive import Tensor as Stored
+from ckptd.core.archive import read_torch
 from ckptd.core.boxes import Shape
 from ckptd.core.cast import FLOATS, NUMPY
 from ckptd.core.emit import Known, Taken, whole
@@ -33,6 +34,9 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."
 STEP_KEYS = ("step", "global_step", "iteration", "iter", "num_steps")
 BUFFER = re.compile(r"(.*\.)?(running_mean|running_var|num_batches_tracked|inv_freq|position_ids|freqs_cis|rotary_emb\..*|causal_mask|attn_mask)")
 """What torch's and the usual models' buffers are called, where nothing else tells them from parameters."""
+FLAT_BYTES = 1 << 20
+"""Of a file that is refused: where the name of FSDP1's flat parameter is looked for, to say why."""
+_FLAT = re.compile(r"_?flat_param(?:_\d+)?")
 _STATES_MAX = 20_000
 """Of the search for the one way to name numbered parameters."""
 
@@ -82,6 +86,31 @@ def add_number(out: Checkpoint, name: str, value: float) -> None:
         out.literal(name, "I64", struct.pack("<q", value))
     else:
         out.literal(name, "F64", struct.pack("<d", value))
+
+
+def refuse_flat(names: Iterable[Any], where: str) -> None:
+    """Raise BadForeign where a name is FSDP1's flat parameter: a `LOCAL` state dict.
+
+    It holds, for each wrapped module, one flat tensor and how many elements that has; no name, shape or order of the parameters that it was made of. Two models
+    of as many elements have equal files, so nothing can be read out of one. With `use_orig_params` what lies beside it is each rank's own under one name.
+    """
+    flat = next((n for n in names if type(n) is str and _FLAT.fullmatch(n.rpartition(".")[2])), None)
+    if flat is not None:
+        msg = f"{where}: {flat} is a flat parameter of FSDP1's LOCAL state dict, which says no names, shapes or order of what it was made of"
+        raise BadForeign(msg, remedy="load it into a model wrapped as the one that saved it, with as many ranks, and save it with StateDictType.SHARDED_STATE_DICT or FULL_STATE_DICT")
+
+
+def read_state(place: Place, name: str) -> Any:
+    """The value of a file of torch.save. Raises BadForeign; see also `refuse_flat`."""
+    size = place.files[name]
+    try:
+        tree = read_torch(place.reader(name), size)
+    except BadForeign:  # the pickle of FSDP1's sharded tensor asks for what none of ours does
+        refuse_flat(["_flat_param"] if b"_flat_param" in place.read(name, 0, min(size, FLAT_BYTES)) else [], name)
+        raise
+    for held in (tree, *tree.values()) if isinstance(tree, dict) else ():
+        refuse_flat(held if isinstance(held, dict) else (), name)
+    return tree
 
 
 def keep_ranks(out: Checkpoint, by_rank: Any) -> None:

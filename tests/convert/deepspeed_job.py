@@ -58,6 +58,58 @@ class Tiny(nn.Module):
         return F.cross_entropy(logits.reshape(-1, VOCAB), tokens[:, 1:].reshape(-1))
 
 
+class Experts(nn.Module):
+    """Two layers of four experts each, with a buffer, with and without biases, between dense layers of odd sizes."""
+
+    def __init__(self, ep_size: int, *, data_first: bool) -> None:
+        from deepspeed.moe.layer import MoE
+
+        super().__init__()
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.ep_size, self.share = ep_size, rank // (world // ep_size) if data_first else rank % ep_size
+        self.wte = nn.Embedding(VOCAB, WIDTH)
+        how = {"num_experts": 4, "ep_size": ep_size, "k": 1, "use_rts": False, "min_capacity": 2}
+        self.first = MoE(WIDTH, Expert(bias=True), use_residual=True, **how)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.second = MoE(WIDTH, Expert(bias=False), **how)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        with torch.no_grad():  # experts are copies of one: each becomes its own, the same in every world
+            for layer in (self.first, self.second):
+                local = layer.deepspeed_moe.experts.deepspeed_experts
+                for i, expert in enumerate(local):
+                    g = torch.Generator().manual_seed(100 + self.share * len(local) + i)
+                    for p in expert.parameters():
+                        p.copy_(torch.randn(p.shape, generator=g) / 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        h = self.wte(tokens)
+        first, one, _ = self.first(h)
+        second, two, _ = self.second(self.norm(h + first))
+        logits = self.head((h + second)[:, :-1]).float()
+        return F.cross_entropy(logits.reshape(-1, VOCAB), tokens[:, 1:].reshape(-1)) + 0.01 * (one + two).float()
+
+
+class Expert(nn.Module):
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, INNER, bias=bias)
+        self.down = nn.Linear(INNER, WIDTH, bias=bias)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.down(torch.tanh(self.up(h)))
+
+
+def experts_of(task: dict) -> Experts:
+    """DeepSpeed keeps groups of experts by their size for as long as a process lives: they are forgotten between tasks."""
+    from deepspeed.utils import groups
+
+    for name in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_PARALLEL_GROUP_RANKS", "_EXPERT_DATA_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP_RANKS"):
+        getattr(groups, name).clear()
+    return Experts(task["ep"], data_first=task.get("config", {}).get("use_data_before_expert_parallelism", False))
+
+
 def batch(step: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(1000 + step)
     return torch.randint(0, VOCAB, (4, LENGTH), generator=g)
@@ -68,12 +120,15 @@ def config_of(task: dict) -> dict:
     if task["stage"] == 3:
         zero = {k: v for k, v in zero.items() if not k.endswith("bucket_size")} | {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
         # the last: stage 3's own linear layer replaces torch's for good, and rounds 16-bit sums elsewhere
+    if task["stage"] == 0:
+        zero = {"stage": 0}
     return {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_clipping": 1.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": task["dtype"] == "bf16"},
+        "fp16": {"enabled": task["dtype"] == "fp16", "initial_scale_power": 4},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-3, "warmup_max_lr": 1e-2, "warmup_num_steps": 10}},
         "checkpoint": {"load_universal": task.get("universal", False)},
     } | task.get("config", {})
@@ -83,12 +138,20 @@ def engine_of(task: dict):
     import deepspeed
 
     torch.manual_seed(task.get("seed", 7))
-    model = Tiny()
+    model = experts_of(task) if "ep" in task else Tiny()
     few = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     many = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     groups = [{"params": many, "weight_decay": 0.1}, {"params": few, "weight_decay": 0.0}]
+    if "ep" in task:
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+        groups = split_params_into_different_moe_groups_for_optimizer([{**g, "name": f"dense{i}"} for i, g in enumerate(groups)])
     kind = task.get("optimizer", "adamw")
     optimizer = torch.optim.SGD(groups, lr=1e-2, momentum=0.9) if kind == "sgd" else torch.optim.AdamW(groups, lr=1e-2)
+    # the fused kernel is C++ of its own; the optimizer around it, which lays files out, asks only what class it is of
+    deepspeed.runtime.engine.FusedAdam = torch.optim.AdamW if task.get("fused") else deepspeed.ops.adam.FusedAdam
+    if task["dtype"] == "fp16":  # torch computes it; DeepSpeed asks for a processor with instructions for it
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(task))
     if task.get("files") == "ckptd":
         from ckptd.integrations.deepspeed_live import CkptdCheckpointEngine
@@ -129,12 +192,39 @@ def gathered(engine, slots: tuple[str, ...]) -> tuple[dict, dict]:
     return master, state
 
 
+def merged(model: nn.Module, mine: dict) -> dict:
+    """What all ranks hold by name, experts by their global numbers. What several hold is equal."""
+    count = 4 // model.ep_size
+
+    def known(name: str) -> str:
+        before, _, after = name.partition(".deepspeed_experts.")
+        number, _, rest = after.partition(".")
+        return f"{before}.deepspeed_experts.{model.share * count + int(number)}.{rest}" if after else name
+
+    gathered: list[dict] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, {known(n): v for n, v in mine.items()})
+    found: dict = {}
+    for part in gathered:
+        for name, value in part.items():
+            same = found.setdefault(name, value)
+            if "calls" not in name:  # counts of what each rank sent to its experts; the first one's are saved
+                assert all(map(torch.equal, same.values(), value.values())) if isinstance(value, dict) else torch.equal(same, value), name
+    return found
+
+
+def buffers_of(model: nn.Module) -> dict:
+    mine = {n: b.detach().clone() for n, b in model.named_buffers()}
+    return merged(model, mine) if hasattr(model, "ep_size") else mine
+
+
 def held(engine, slots: tuple[str, ...]) -> dict:
     """What DeepSpeed says it holds: collective. Module weights are gathered where stage 3 scatters them."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     opt = engine.optimizer
+    if not engine.zero_optimization():
+        return held_without_zero(engine, slots)
     if hasattr(opt, "_lazy_init_hp_params_optimizer_state"):  # DeepSpeed's defect: linked after the first group's step only
         opt._hp_optimizer_states_linked = False
         opt._lazy_init_hp_params_optimizer_state()
@@ -148,12 +238,44 @@ def held(engine, slots: tuple[str, ...]) -> dict:
     if getattr(opt, "round_robin_gradients", False):
         said, (master, state) = master, gathered(engine, slots)
         assert any(not torch.equal(said[n], master[n]) for n in master), "DeepSpeed has mended safe_get_full_fp32_param under round robin: so may this test"
+    if hasattr(engine.module, "ep_size"):
+        master, state, module = (merged(engine.module, part) for part in (master, state, module))
     inner = opt.optimizer
     steps = sorted({float(s["step"]) for s in inner.state.values() if "step" in s})
     groups = [{k: v for k, v in g.items() if k != "params"} for g in inner.param_groups]
     return {
-        "master": master, "state": state, "module": module, "buffers": {n: b.detach().clone() for n, b in engine.module.named_buffers()},
+        "master": master, "state": state, "module": module, "buffers": buffers_of(engine.module),
         "steps": steps, "groups": groups, "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler else None, "global_steps": engine.global_steps,
+    }  # fmt: skip
+
+
+def held_without_zero(engine, slots: tuple[str, ...]) -> dict:
+    """Stage 0: the parameters themselves, or the masters that the 16-bit optimizers keep of them, one each or flat."""
+    opt = engine.optimizer
+    inner = getattr(opt, "optimizer", opt)
+    names = {p: n for n, p in engine.module.named_parameters()}
+    master, state = {}, {}
+    for i, group in enumerate(inner.param_groups):
+        params = opt.fp16_groups[i] if hasattr(opt, "fp16_groups") else group["params"]
+        at = 0
+        for k, p in enumerate(params):
+            if hasattr(opt, "fp32_groups_flat"):
+                flat = {"": opt.fp32_groups_flat[i]} | {s: inner.state[opt.fp32_groups_flat[i]][s] for s in slots}
+                found = {s: t.detach()[at : at + p.numel()].reshape(p.shape).clone() for s, t in flat.items()}
+                at += p.numel()
+            else:
+                own = group["params"][k]
+                found = {"": own.detach().clone()} | {s: inner.state[own][s].clone() for s in slots}
+            master[names[p]] = found.pop("")
+            state[names[p]] = found
+    module = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+    if hasattr(engine.module, "ep_size"):
+        master, state, module = (merged(engine.module, part) for part in (master, state, module))
+    return {
+        "master": master, "state": state, "module": module, "buffers": buffers_of(engine.module),
+        "steps": sorted({float(s["step"]) for s in inner.state.values() if "step" in s}),
+        "groups": [{k: v for k, v in g.items() if k != "params"} for g in inner.param_groups],
+        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler else None, "global_steps": engine.global_steps,
     }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ VOCAB, SEQUENCE, BATCH = 50, 8, 2
 class Run:
     """One model with its optimizer on this rank."""
 
-    def __init__(self, tp=1, pp=1, layers=4, dtype="fp32", optimizer="plain", tied=False, vocab=64, bucket=None, experts=0, **_):
+    def __init__(self, tp=1, pp=1, layers=4, dtype="fp32", optimizer="plain", tied=False, vocab=64, bucket=None, experts=0, ep=1, **_):
         import torch
         from megatron.core import parallel_state as ps
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -67,8 +67,8 @@ class Run:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer.transformer_config import TransformerConfig
 
-        ps.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-        self.ps, self.tp, self.pp, self.tied = ps, tp, pp, tied
+        ps.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep)
+        self.ps, self.tp, self.pp, self.ep, self.tied = ps, tp, pp, ep, tied
         self.first, self.last = ps.is_pipeline_first_stage(), ps.is_pipeline_last_stage()
         torch.manual_seed(100 + ps.get_pipeline_model_parallel_rank())
         bf16 = dtype == "bf16"
@@ -79,13 +79,17 @@ class Run:
             params_dtype=torch.bfloat16 if bf16 else torch.float32, pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
             gradient_accumulation_fusion=False, masked_softmax_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False,
             apply_rope_fusion=False, persist_layer_norm=False, attention_softmax_in_fp32=True,
-            num_moe_experts=experts or None, moe_ffn_hidden_size=48 if experts else None,
+            num_moe_experts=experts or None, moe_ffn_hidden_size=48 if experts else None, expert_model_parallel_size=ep,
         )  # fmt: skip
         self.config, self.dtype = config, config.params_dtype
         model = GPTModel(
             config, get_gpt_layer_local_spec(num_experts=experts or None, moe_grouped_gemm=False), vocab_size=vocab, max_sequence_length=SEQUENCE,
             pre_process=self.first, post_process=self.last, parallel_output=True, share_embeddings_and_output_weights=tied,
         )  # fmt: skip
+        torch.manual_seed(200 + ps.get_expert_model_parallel_rank())
+        for name, param in model.named_parameters():
+            if ep > 1 and ".local_experts." in name:
+                param.data.normal_(std=0.1)  # drawn alike on all ranks: experts would be each other's copies
         if bf16:
             model = model.bfloat16()
         ddp = DistributedDataParallelConfig(
@@ -152,8 +156,13 @@ class Run:
 
         self.iteration += 1
         torch.manual_seed(self.iteration)
-        for param in self.gpt.parameters():
-            param.main_grad.normal_()
+        for name, param in self.gpt.named_parameters():
+            if ".local_experts." not in name:
+                param.main_grad.normal_()
+        torch.manual_seed(1000 * self.iteration + self.ps.get_expert_model_parallel_rank() if self.ep > 1 else self.iteration)
+        for name, param in self.gpt.named_parameters():
+            if ".local_experts." in name:
+                param.main_grad.normal_()
         self.optimizer.step()
         return 0.0
 
@@ -194,7 +203,7 @@ class Run:
         return argparse.Namespace(
             num_layers=self.config.num_layers, tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp, iteration=self.iteration,
             padded_vocab_size=64, vocab_size=VOCAB, swiglu=True, params_dtype=self.dtype,
-            untie_embeddings_and_output_weights=not self.tied,
+            untie_embeddings_and_output_weights=not self.tied, expert_model_parallel_size=self.ep, num_experts=self.config.num_moe_experts,
         )  # fmt: skip
 
     def randomness(self):
@@ -277,15 +286,12 @@ class Run:
         """`model_optim_rng.pt` and `distrib_optim.pt` as Megatron-LM's `save_checkpoint` with --ckpt-format torch lays them out."""
         import torch
 
-        ps = self.ps
-        name = f"mp_rank_{ps.get_tensor_model_parallel_rank():02d}" + (
-            f"_{ps.get_pipeline_model_parallel_rank():03d}" if self.pp > 1 else ""
-        )
+        ps, name = self.ps, self.legacy_folder()
         folder = os.path.join(root, f"iter_{self.iteration:07d}", name)
         os.makedirs(folder, exist_ok=True)
         if self.kind != "plain":
             self.optimizer.save_parameter_state(os.path.join(folder, "distrib_optim.pt"))
-        if ps.get_data_parallel_rank() == 0:
+        if ps.get_data_parallel_rank() == 0 or ps.get_expert_data_parallel_rank() == 0:
             state = {
                 "args": self.arguments(), "checkpoint_version": 3.0, "iteration": self.iteration, "model": self.gpt.state_dict_for_save_checkpoint(),
                 "optimizer": self.optimizer.state_dict(), "opt_param_scheduler": {"max_lr": 0.01, "num_steps": self.iteration * BATCH},
@@ -296,13 +302,17 @@ class Run:
             with open(os.path.join(root, "latest_checkpointed_iteration.txt"), "w") as f:
                 f.write(str(self.iteration))
 
+    def legacy_folder(self):
+        """As Megatron-LM's `get_checkpoint_name`."""
+        ps = self.ps
+        name = f"mp_rank_{ps.get_tensor_model_parallel_rank():02d}"
+        name += f"_{ps.get_pipeline_model_parallel_rank():03d}" if self.pp > 1 else ""
+        return name + (f"_{ps.get_expert_model_parallel_rank():03d}" if self.ep > 1 else "")
+
     def load_legacy(self, root):
         import torch
 
-        ps = self.ps
-        name = f"mp_rank_{ps.get_tensor_model_parallel_rank():02d}" + (
-            f"_{ps.get_pipeline_model_parallel_rank():03d}" if self.pp > 1 else ""
-        )
+        name = self.legacy_folder()
         with open(os.path.join(root, "latest_checkpointed_iteration.txt")) as f:
             folder = os.path.join(root, f"iter_{int(f.read()):07d}", name)
         state = torch.load(os.path.join(folder, "model_optim_rng.pt"), weights_only=False)
@@ -371,6 +381,7 @@ class Run:
                         span = bucket["param_map"][param]["param"]
                         tensors = one._get_main_param_and_optimizer_states(param)
                         here = (span.start, span.end, {k: v.detach().clone() for k, v in tensors.items()})
+        group = one.data_parallel_group
         parts = [None] * group.size()
         dist.all_gather_object(parts, here, group=group)
         found = {}

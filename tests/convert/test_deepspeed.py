@@ -28,7 +28,7 @@ from tests.train.harness import stop_daemon
 pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: see scripts/setup")]
 FORMATS = {f.name: f for f in (UNIVERSAL, ZERO1, ZERO2, ZERO3)}
 FULL = os.environ.get("MATRIX") == "full"
-TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
+TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
 PAIRS = [  # source, target stage, target world
     *(("1-2-fp32", s, w) for s, w in ((1, 3), (2, 4), (3, 3))),
     *(("1-4-bf16", s, w) for s, w in ((1, 2), (3, 4))),
@@ -65,7 +65,11 @@ def read(path: Path, tag: str = ""):
     place = place_of(str(path))
     mine = [f for f in FORMATS.values() if f.probe(place)]
     assert len(mine) == 1, mine
-    checkpoint = mine[0].read(place, ReadOptions(tag))
+    return mine[0].name, *tensors_of(place, mine[0].read(place, ReadOptions(tag)))
+
+
+def tensors_of(place, checkpoint):
+    """(settled checkpoint, tensors)."""
     checkpoint.prove()
     pool = Pool(1)
     with Reading(place, checkpoint) as reading:
@@ -77,7 +81,7 @@ def read(path: Path, tag: str = ""):
         for name, tensor in settled.tensors.items():
             raw = reading.array(name).reshape(-1).view(np.uint8).copy()
             tensors[name] = torch.from_numpy(raw).view(TORCH[tensor.dtype]).reshape(tensor.shape)
-    return mine[0].name, settled, tensors
+    return settled, tensors
 
 
 def held(root: Path, name: str) -> dict:
@@ -92,8 +96,8 @@ def compare(said: dict, checkpoint, tensors: dict, *, computes: str) -> None:
             assert torch.equal(tensors[f"optim.state.{fqn}.{slot}"], value), (fqn, slot)
         if said["steps"]:
             assert [float(tensors[f"optim.state.{fqn}.step"])] == said["steps"]
-        if computes == "bf16":
-            assert checkpoint.derived[f"model.{fqn}"] == "BF16"
+        if computes != "fp32":
+            assert checkpoint.derived[f"model.{fqn}"] == {"bf16": "BF16", "fp16": "F16"}[computes]
     for fqn, weight in said["module"].items():
         assert torch.equal(tensors[f"model.{fqn}"].to(weight.dtype), weight), fqn
     for fqn, buffer in said["buffers"].items():
@@ -452,7 +456,7 @@ def _short(folder: Path) -> str:
 
 def _experts(folder: Path) -> str:
     (folder / "layer_0_expert_1_mp_rank_00_model_states.pt").write_bytes(b"x")
-    return "mixture of experts"
+    return "num_experts does not say"
 
 
 def _shape(folder: Path) -> str:

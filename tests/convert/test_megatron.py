@@ -48,6 +48,8 @@ SOURCES = {
     "tp2": {"world": 4, "run": {"tp": 2, "dtype": "bf16", "optimizer": "dist", "tied": True}, "sharding": ["fully_reshardable", "dp_reshardable"]},
     "pp2": {"world": 4, "run": {"pp": 2, "dtype": "bf16", "optimizer": "dist", "tied": True, "bucket": 3000}, "sharding": ["fully_reshardable", "dp_reshardable"]},
     "moe": {"world": 2, "run": {"experts": 2}, "sharding": [None], "invented": True},
+    "ep2": {"world": 2, "run": {"experts": 4, "ep": 2}, "sharding": [], "invented": True},
+    "ep2pp2": {"world": 4, "run": {"experts": 4, "ep": 2, "pp": 2, "dtype": "bf16", "optimizer": "dist"}, "sharding": [], "invented": True},
 }  # fmt: skip
 STEPS = 2
 
@@ -125,7 +127,7 @@ class Source:
     def __init__(self, name, root, answer):
         self.root, self.after, self.run = root, answer["after"], SOURCES[name]["run"]
         self.legacy = str(root / "legacy")
-        self.held = gathered(root)
+        self.held = gathered(root, SOURCES[name]["run"].get("experts", 2))
 
     def folder(self, sharding=None, kind=""):
         return str(self.root / f"{sharding or 'plain'}{kind}")
@@ -157,7 +159,7 @@ def saved(ranks, tmp_path_factory):
     return get
 
 
-def gathered(root):
+def gathered(root, experts=2):
     """{canonical name: array} of all ranks' parts. 16-bit floats are compared as they are stored."""
     whole = {}
     for file in sorted(root.glob("held-*.pt")):
@@ -174,7 +176,7 @@ def gathered(root):
             full[tuple(place)] = tensor.reshape((1,) * ahead + tuple(tensor.shape))
     made = {}
     for (key, slot), full in whole.items():
-        for fqn, at in expanded(key):
+        for fqn, at in expanded(key, full.shape[1] if ".experts.experts." in key and slot != "step" else experts):
             name = f"optim.state.{fqn}.{slot}" if slot else f"model.{fqn}"
             if slot == "step":
                 assert len(full) == 1
@@ -185,7 +187,7 @@ def gathered(root):
     return made
 
 
-def expanded(key):
+def expanded(key, experts=2):
     """(name, index) of each layer and expert of a stacked key."""
     if not key.startswith("decoder.layers."):
         return [(key, ())]
@@ -194,7 +196,7 @@ def expanded(key):
         return [
             (f"decoder.layers.{i}.{rest}".replace(".experts.experts.", f".experts.local_experts.{e}."), (i, e))
             for i in range(4)
-            for e in range(2)
+            for e in range(experts)
         ]
     return [(f"decoder.layers.{i}.{rest}", (i,)) for i in range(4)]
 
@@ -292,6 +294,21 @@ def test_reads_legacy(saved, name):
         held = {n.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."): v for n, v in held.items()}
     settled = check(place, checkpoint, held, copies=name != "moe")
     assert len(settled.derived) == (52 if name in {"tp2", "pp2"} else 0)
+    assert checkpoint.objects["step"] == STEPS
+
+
+@pytest.mark.parametrize("name", ["ep2", "ep2pp2"])
+def test_reads_legacy_of_expert_parallel_ranks(saved, name):
+    """ep2: two optimizers, numbered; ranks named by one number more, as pipeline stages are. ep2pp2: two lists of flat buffers, one of them in one file only."""
+    source = saved(name)
+    place, checkpoint = read(source.legacy)
+    held = {n.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."): v for n, v in source.held.items()}
+    experts = [held[f"model.decoder.layers.1.mlp.experts.local_experts.{i}.linear_fc2.weight"].tobytes() for i in range(4)]
+    assert len(set(experts)) == 4
+    settled = check(place, checkpoint, held, copies=True)
+    assert len(settled.derived) == (0 if name == "ep2" else len([n for n in held if n.startswith("model.")]))
+    flags = [(g["wd_mult"], g["is_expert_parallel"], {layout.is_expert(p) for p in g["params"]}) for g in checkpoint.groups]
+    assert sorted(flags, key=str) == [(0.0, False, {False}), (0.0, True, {True}), (1.0, False, {False}), (1.0, True, {True})]
     assert checkpoint.objects["step"] == STEPS
 
 
@@ -413,6 +430,19 @@ def test_experts_come_back(ranks, saved, tmp_path):
     folder = written(source.folder(kind="-singleton"), tmp_path / "out", config={"optimizer": "plain"})
     ranks.do(world=1, run=source.run, load=folder, dump=str(tmp_path / "held"))
     again = gathered(tmp_path)
+    assert set(again) == set(source.held)
+    assert all(again[n].tobytes() == v.tobytes() for n, v in source.held.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "run"), [("ep2", {"experts": 4}), ("ep2pp2", {"experts": 4, "pp": 2, "dtype": "bf16", "optimizer": "dist"})]
+)
+def test_experts_of_several_ranks_become_one_ranks(ranks, saved, tmp_path, name, run):
+    source = saved(name)
+    plain = {"optimizer": "plain"} if "optimizer" not in run else {}
+    folder = written(source.legacy, tmp_path / "out", "megatron-legacy", pp=run.get("pp", 1), config={"spec": "local", **plain})
+    ranks.do(world=run.get("pp", 1), run=run, load_legacy=folder, dump=str(tmp_path / "held"))
+    again = gathered(tmp_path, 4)
     assert set(again) == set(source.held)
     assert all(again[n].tobytes() == v.tobytes() for n, v in source.held.items())
 

@@ -11,6 +11,7 @@ from ckptd.errors import BadArgument, BadForeign, Unstorable
 from ckptd.formats import ReadOptions, WriteOptions, place_of
 from ckptd.integrations.torch_native import TORCH
 from ckptd.integrations.torch_state import cleaned, named_by_shape
+from ckptd.reading import open_checkpoint
 from tests.convert.dcp_job import Run, described, goes_on, trained_and_saved, union
 from tests.convert.test_dcp import convert, expected_groups, groups_in, plain_run, truth_of
 from tests.forks import ranks
@@ -130,6 +131,33 @@ def test_dtensors_in_a_file_per_rank(kind, world, tmp_path):
 
 
 # --- one by one -------------------------------------------------------------------------------------------------------------
+
+
+def flat_shards(folder, *, original: bool):
+    """FSDP1's LOCAL state dict: a torch.save file per rank, and by DCP."""
+
+    def work(rank):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+        model = FullyShardedDataParallel(torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3)), device_id=torch.device("cpu"), use_orig_params=original)
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.LOCAL_STATE_DICT):
+            state = model.state_dict()
+        torch.save(state, f"{folder}/pytorch_model_fsdp_rank{rank}.bin")
+        dcp.save({"model": state}, checkpoint_id=f"{folder}/dcp")
+        return sorted(state)
+
+    return work
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_fsdp1_local_state_dicts_say_too_little_and_are_refused(original, tmp_path):
+    keys, _ = ranks(2, flat_shards(str(tmp_path), original=original))
+    assert "_flat_param" in keys  # one tensor of all elements: what its parts were called, and in which order, stands nowhere
+    for name in ("pytorch_model_fsdp_rank1.bin", "dcp"):
+        with pytest.raises(BadForeign, match="no names, shapes or order") as raised:
+            open_checkpoint(str(tmp_path / name))
+        assert "SHARDED_STATE_DICT" in str(raised.value)
 
 
 def test_numbers_that_fit_in_two_ways_need_a_hint(tmp_path):
