@@ -19,18 +19,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import xxhash
 
 from ckptd import __version__
 from ckptd.core.cast import can_cast
+from ckptd.core.crc import crc32
 from ckptd.core.emit import Known, OutFile, Sealed, Take
 from ckptd.core.image import ITEM_BYTES
-from ckptd.core.logical import Checkpoint
-from ckptd.errors import BadBytes, Divergent, StoreFailed, Unstorable
+from ckptd.core.logical import Checkpoint, Tensor
+from ckptd.errors import BadBytes, CkptdError, Divergent, StoreFailed, Unstorable
 from ckptd.formats import Place, Plan, ReadOptions, WriteOptions, format_named
 from ckptd.reading import (
     BUFFER_BYTES,
@@ -39,19 +42,16 @@ from ckptd.reading import (
     Pool,
     Reading,
     compare_replicas,
+    differing,
     hashes,
     open_checkpoint,
     settle,
+    settled_with,
     taken,
     workers_for,
 )
 from ckptd.target import Target, write_at
 from ckptd.windows import Sums, Window, flat, windows
-
-try:
-    from isal.isal_zlib import crc32  # ten times zlib's speed; the same sums
-except ImportError:
-    from zlib import crc32
 
 __all__ = ["MEMORY_BYTES", "Progress", "Report", "convert", "report_text"]
 
@@ -122,15 +122,9 @@ def convert(  # noqa: PLR0913  one call does it all, and every setting has a nam
         if verify and prove_bytes is not None:
             prove_bytes(place, read or ReadOptions(), tell.at)
         tell.begin("compare", sum(r.box.numel * ITEM_BYTES[t.dtype] for t in checkpoint.tensors.values() for r in t.replicas))
-        compare_replicas(reading, pool)
-        checkpoint = settle(reading, pool)
-        if view is not None:
-            checkpoint = view(checkpoint)
-            checkpoint.prove()
+        checkpoint, roundings, plan, to_hash = _planned(reading, pool, view, lambda c: writer.write(c, write))
         reading.close()
-        reading = Reading(place, checkpoint)
-        plan = writer.write(checkpoint, write)
-        to_hash = _written(checkpoint, plan)
+        reading = Reading(place, checkpoint, roundings)
         mark = _fingerprint(place, to, checkpoint, plan, write)
         out = Target(target, single=plan.single, fingerprint=mark, sync=sync)
         written, resumed, made = _write(plan.files, out, reading, pool, to_hash, tell)
@@ -159,16 +153,56 @@ def convert(  # noqa: PLR0913  one call does it all, and every setting has a nam
             out.close()
 
 
+def _planned(
+    reading: Reading, pool: Pool, view: Callable[[Checkpoint], Checkpoint] | None, write: Callable[[Checkpoint], Plan]
+) -> tuple[Checkpoint, Mapping[str, Tensor], Plan, dict[str, str]]:
+    """Compare what is stored twice; (what is to be written, its tensors that the source has in 16 bits too, the plan, tensor -> dtype in the target).
+
+    Threads compare while this one plans for the usual outcome, that all weights are their masters' rounding. Nothing is written before they have ended.
+    A view may change what it is given, so it is asked once, when the outcome is known.
+    """
+    source = reading.checkpoint
+
+    def compared() -> set[str]:
+        compare_replicas(reading, pool)
+        return differing(reading, pool)
+
+    def planned(other: Collection[str]) -> tuple[Checkpoint, Mapping[str, Tensor], Plan, dict[str, str]]:
+        checkpoint = settled_with(reading, other)
+        roundings = {w: source.tensors[w] for w, _ in source.pairs if w not in other}
+        if view is not None:
+            checkpoint, roundings = view(checkpoint), {}
+            checkpoint.prove()
+        plan = write(checkpoint)
+        return checkpoint, roundings, plan, _written(checkpoint, plan)
+
+    if view is not None:
+        return planned(compared())
+    with ThreadPoolExecutor(1, "ckptd-compare") as beside:
+        comparing = beside.submit(compared)
+        try:
+            try:
+                guess = planned(())
+            except CkptdError:
+                if not comparing.result():
+                    raise
+            other = comparing.result()
+        except BaseException:
+            pool.close()  # else an interrupted conversion would compare to the end
+            raise
+    return planned(other) if other else guess
+
+
 def report_text(report: Report) -> bytes:
     """What stands in `ckptd-convert.json`."""
     body = {
         "ckptd": __version__,
         "source": report.source, "from": report.source_format, "to": report.target_format,
         "hash": f"xxh3-128 of the xxh3-128 of each {WINDOW_BYTES} bytes, row-major",
-        "tensors": {n: {"dtype": d, "hash": h} for n, (d, h) in report.hashes.items()},
         "dropped": list(report.dropped), "notes": list(report.notes), "checked": report.checked,
     }  # fmt: skip
-    return json.dumps(body, indent=1).encode() + b"\n"
+    tensors = ",\n".join(f"  {json.dumps(n)}: {json.dumps({'dtype': d, 'hash': h})}" for n, (d, h) in report.hashes.items())  # with `indent` it is Python that encodes
+    return f'{json.dumps(body, indent=1)[:-2]},\n "tensors": {{\n{tensors}\n }}\n}}\n'.encode()
 
 
 def _written(checkpoint: Checkpoint, plan: Plan) -> dict[str, str]:
@@ -204,9 +238,9 @@ def _fingerprint(place: Place, to: str, checkpoint: Checkpoint, plan: Plan, opti
         sums.update(f"{file.name} {file.nbytes}\n".encode())
         for segment, _ in flat(file.segments):
             if isinstance(segment, Known):
-                sums.update(hashlib.sha256(segment.data).digest())
+                sums.update(b"%d " % len(segment.data) + segment.data)
             elif isinstance(segment, Take):
-                sums.update(f"{segment.name} {segment.box} {segment.dtype}\n".encode())
+                sums.update(repr(segment).encode())
     return sums.hexdigest()
 
 
@@ -223,6 +257,7 @@ class _Writing:
         self._sums: dict[int, Sums] = {}
         self._sizes = [f.nbytes for f in files]
         self._small = [0 < n <= BUFFER_BYTES for n in self._sizes]  # one window is all of it: its thread does everything
+        self._lock = threading.Lock()  # `windows` is iterated by the threads, `filled` is called beside them
         self.hashes: dict[str, Hash] = {}
 
     def windows(self) -> Iterator[Window]:
@@ -233,7 +268,8 @@ class _Writing:
             self._sums[number] = Sums()
             self._left[number] = 1  # more are to come
             for window in windows(number, file, self._hashed):
-                self._left[number] += 1
+                with self._lock:
+                    self._left[number] += 1
                 yield window
             self._one_less(number)
 
@@ -264,9 +300,10 @@ class _Writing:
         self._one_less(window.file)
 
     def _one_less(self, number: int) -> None:
-        self._left[number] -= 1
-        if self._left[number]:
-            return
+        with self._lock:
+            self._left[number] -= 1
+            if self._left[number]:
+                return
         sums, name, size = self._sums.pop(number), self._files[number].name, self._sizes[number]
         if self._small[number]:
             self._out.remember(name, size)

@@ -221,12 +221,13 @@ def formats() -> Iterator[Format]:
 
 def format_named(name: str) -> Format:
     """The format that `--to` means. Raises BadArgument."""
-    known = list(formats())
-    for one in known:
+    names = []
+    for one in formats():
         if one.name == ALSO.get(name, name):
             return one
+        names.append(one.name)
     msg = f"{name!r} is no format that is known"
-    raise BadArgument(msg, remedy="one of " + ", ".join(f.name for f in known))
+    raise BadArgument(msg, remedy="one of " + ", ".join(names))
 
 
 def recognise(place: Place) -> Format:

@@ -14,11 +14,12 @@ import os
 import stat as stat_of
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Self
 
 import numpy as np
@@ -130,23 +131,36 @@ class _Rows:
 class Reading:
     """Boxes of a checkpoint's tensors as bytes. Any thread may ask, each with its own scratch memory."""
 
-    def __init__(self, place: Place, checkpoint: Checkpoint) -> None:
+    def __init__(self, place: Place, checkpoint: Checkpoint, roundings: Mapping[str, Tensor] | None = None) -> None:
+        """`roundings`: tensors of which the source holds the values in 16 bits, too, compared already: read where these are wanted, instead of rounding again."""
         self.checkpoint = checkpoint
+        self._roundings = roundings or {}
         self._files = Files(place, checkpoint)
-        self._rows: dict[str, _Rows] = {}
+        self._rows: dict[tuple[str, str], _Rows] = {}
         self.bytes_read = 0
 
-    def fill(self, name: str, box: Box, out: memoryview, scratch: memoryview) -> None:
-        """Write the box, row-major, in the tensor's own dtype, over all of `out`."""
-        tensor = self.checkpoint.tensors[name]
+    def stored(self, name: str, dtype: str) -> Tensor:
+        """The tensor that holds these values: as `dtype` if there is one, else as the checkpoint has them."""
+        rounding = self._roundings.get(name)
+        return rounding if rounding is not None and rounding.dtype == dtype else self.checkpoint.tensors[name]
+
+    def fill(self, name: str, box: Box, out: memoryview, scratch: memoryview, dtype: str = "") -> None:
+        """Write the box, row-major, over all of `out`: in the tensor's own dtype, or as `stored` has it under `dtype`."""
+        tensor = self.stored(name, dtype)
         item = ITEM_BYTES[tensor.dtype]
-        array: np.ndarray[Any, Any] = np.frombuffer(out, NUMPY[tensor.dtype]).reshape(box.extent)
-        rows = self._rows.get(name)
+        rows = self._rows.get((name, tensor.dtype))
         if rows is None:
-            rows = self._rows[name] = _Rows(tensor)
-        for row, part in rows.meeting(box):
-            self._copy(row.part(part, item), array, part.relative_to(box), item, scratch)
+            rows = self._rows[name, tensor.dtype] = _Rows(tensor)
         self.bytes_read += len(out)
+        array: np.ndarray[Any, Any] | None = None
+        for row, part in rows.meeting(box):
+            there = row.part(part, item)
+            if part == box and there.contiguous:  # most of most checkpoints
+                self._files.fetch(row.file, there.begin, out)
+                return
+            if array is None:
+                array = np.frombuffer(out, NUMPY[tensor.dtype]).reshape(box.extent)
+            self._copy(there, array, part.relative_to(box), item, scratch)
 
     def row(self, row: Row, dtype: str, out: memoryview, scratch: memoryview) -> None:
         """The elements of one row, row-major, over all of `out`: for replicas, which `fill` does not read."""
@@ -214,35 +228,62 @@ class Lane(threading.local):
 
 
 class Pool:
-    """Threads with bounded work under way; the first error ends all."""
+    """Threads with bounded work under way; the first error ends all.
+
+    A thread takes its next item itself and leaves the result in a queue: fewer hand-overs between threads than a future per item.
+    """
 
     def __init__(self, workers: int) -> None:
         self.lane = Lane()
+        self._workers = workers
         self._threads = ThreadPoolExecutor(workers, "ckptd-convert")
-        self._most = 2 * workers
+        self._closed = False
 
     def map(self, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """(item, result) as they are done, in any order."""
-        under_way: dict[Future[Any], Any] = {}
+        """(item, result) as they are done, in any order. `items` is iterated by the threads, one at a time."""
+        source, taking = iter(items), threading.Lock()
+        room = threading.Semaphore(4 * self._workers)  # a caller that is slow holds up the threads
+        done: SimpleQueue[tuple[Any, Any] | BaseException | None] = SimpleQueue()
+        stopped = False
+
+        def loop() -> None:
+            try:
+                while True:
+                    room.acquire()
+                    with taking:
+                        if stopped or self._closed:
+                            return
+                        try:
+                            item = next(source)
+                        except StopIteration:
+                            return
+                    done.put((item, work(item)))
+            except BaseException as e:  # noqa: BLE001  raised by the caller's thread
+                done.put(e)
+            finally:
+                room.release()
+                done.put(None)
+
+        under_way = [self._threads.submit(loop) for _ in range(self._workers)]
         try:
-            for item in items:
-                under_way[self._threads.submit(work, item)] = item
-                while len(under_way) >= self._most:
-                    yield from self._collect(under_way)
-            while under_way:
-                yield from self._collect(under_way)
+            left = len(under_way)
+            while left:
+                match done.get():
+                    case None:
+                        left -= 1
+                    case BaseException() as e:
+                        raise e
+                    case pair:
+                        room.release()
+                        yield pair
         finally:
-            for future in under_way:
-                future.cancel()
+            stopped = True
+            room.release(4 * self._workers)
             wait(under_way)  # nobody may still write to what the caller closes now
 
-    def _collect(self, under_way: dict[Future[Any], Any]) -> Iterator[tuple[Any, Any]]:
-        done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-        for future in done:
-            yield under_way.pop(future), future.result()
-
     def close(self) -> None:
-        """Wait for the threads."""
+        """Wait for the threads; what they have not begun is not done."""
+        self._closed = True
         self._threads.shutdown(cancel_futures=True)
 
 
@@ -301,9 +342,9 @@ def hashes(reading: Reading, pool: Pool, names: Iterable[str] | None = None, dty
 
 def taken(reading: Reading, take: Take, out: memoryview, lane: Lane) -> None:
     """A box in the dtype that is wanted, over all of `out`."""
-    source = reading.checkpoint.tensors[take.name].dtype
+    source = reading.stored(take.name, take.dtype).dtype
     if source == take.dtype:
-        reading.fill(take.name, take.box, out, lane.scratch)
+        reading.fill(take.name, take.box, out, lane.scratch, take.dtype)
         return
     held = lane.second
     size = take.box.numel * ITEM_BYTES[source]
@@ -348,9 +389,13 @@ def compare_replicas(reading: Reading, pool: Pool) -> int:
 
 def settle(reading: Reading, pool: Pool) -> Checkpoint:
     """Make one tensor of a 16-bit (or equal) weight and its fp32 master, where the weight is the master's rounding; leave both where it is not."""
+    return settled_with(reading, differing(reading, pool))
+
+
+def settled_with(reading: Reading, differing: Collection[str]) -> Checkpoint:
+    """`settle`, where it is known which weights are not their masters' rounding."""
     checkpoint = reading.checkpoint
     tensors = checkpoint.tensors
-    differing = _differing(reading, pool)
     settled, derived = dict(tensors), dict(checkpoint.derived)
     for weight, master in checkpoint.pairs:
         if weight not in differing:
@@ -366,7 +411,7 @@ def settle(reading: Reading, pool: Pool) -> Checkpoint:
     return replace(checkpoint, tensors=order, derived=derived, notes=notes, pairs=[], scalars=scalars, objects=objects)
 
 
-def _differing(reading: Reading, pool: Pool) -> set[str]:
+def differing(reading: Reading, pool: Pool) -> set[str]:
     """The weights that are not the rounding of their masters."""
     tensors = reading.checkpoint.tensors
     found: set[str] = set()

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import threading
 from pathlib import Path
 
 from ckptd.errors import BadArgument, StoreFailed
@@ -37,6 +38,7 @@ class Target:
         self.work = path.parent / f".{path.name}.ckptd-convert"
         self.resumed: dict[str, int] = {}
         self._made = {""}
+        self._telling = threading.Lock()
         self._begin(fingerprint if sync else f"{fingerprint} {_boot()}")  # what was not synced is worth nothing after a power cut
 
     def _begin(self, fingerprint: str) -> None:
@@ -93,8 +95,8 @@ class Target:
         """What was written is not what it should be: nothing of it shall be taken up again."""
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def open(self, name: str, nbytes: int) -> int:
-        """A new file of its full size. Raises StoreFailed."""
+    def open(self, name: str, nbytes: int = 0) -> int:
+        """A new file, of its full size if one is given. Raises StoreFailed."""
         check_name(name)  # nothing that could leave the target
         path = f"{self.work}/{name}"
         try:
@@ -103,7 +105,8 @@ class Target:
                 (self.work / folder).mkdir(parents=True, exist_ok=True)
                 self._made.add(folder)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            os.ftruncate(fd, nbytes)
+            if nbytes:
+                os.ftruncate(fd, nbytes)
         except OSError as e:
             msg = f"{path} cannot be written: {e.strerror}"
             raise StoreFailed(msg) from e
@@ -118,7 +121,7 @@ class Target:
 
     def put(self, name: str, data: memoryview) -> None:
         """A whole file, synced; any thread may. `remember` it afterwards."""
-        fd = self.open(name, len(data))
+        fd = self.open(name)
         try:
             write_at(fd, data, 0)
             if self._sync:
@@ -127,9 +130,10 @@ class Target:
             os.close(fd)
 
     def remember(self, name: str, nbytes: int) -> None:
-        """This file is complete."""
-        self._journal.write(f"{nbytes} {name}\n")
-        self._journal.flush()
+        """This file is complete. Any thread may say so."""
+        with self._telling:
+            self._journal.write(f"{nbytes} {name}\n")
+            self._journal.flush()
 
     def place(self) -> Place:
         """Where the files lie now."""

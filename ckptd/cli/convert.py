@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.cli import foreign, show
-from ckptd.cli.plan import parse_size
 from ckptd.convert import MEMORY_BYTES, Report, convert
 from ckptd.errors import BadArgument
 from ckptd.formats import WriteOptions, format_named
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     format_named(args.to)  # before anything is read
     write = _write_options(args)
     read = foreign.read_options(args)
-    memory_bytes = parse_size(args.memory)
+    memory_bytes = show.parse_size(args.memory)
     if args.workers is not None and args.workers < 1:
         msg = f"--workers {args.workers}: at least one is needed"
         raise BadArgument(msg)
@@ -111,7 +110,7 @@ def _write_options(args: argparse.Namespace) -> WriteOptions:
         if getattr(args, name) < 1:
             msg = f"--{name} {getattr(args, name)}: at least 1"
             raise BadArgument(msg)
-    shard_bytes = parse_size(args.shard_size)
+    shard_bytes = show.parse_size(args.shard_size)
     if shard_bytes < 1:
         msg = f"--shard-size {args.shard_size}: at least a byte"
         raise BadArgument(msg)

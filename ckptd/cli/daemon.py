@@ -51,7 +51,7 @@ def _label(text: str) -> tuple[str, str]:
 def run(args: argparse.Namespace) -> int:
     """Serve until told to leave."""
     from ckptd import daemon, faces
-    from ckptd.cli.plan import parse_size
+    from ckptd.cli.show import parse_size
 
     daemon.run(
         daemon.Settings(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from ckptd.cli import show
+from ckptd.cli.show import parse_size
 from ckptd.core import goodput, groups, slots
 from ckptd.core.goodput import Job, Outcome, Shape
 from ckptd.core.parity import BLOCKS_MAX, PARITY_MAX
@@ -20,8 +20,6 @@ NODES_MAX = 4096
 GBPS = 1e9 / 8
 HOUR_S = 3600.0
 YEAR_S = 365 * goodput.DAY_S
-_SIZE = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*((?:[kmgtp]i?)?)b?", re.IGNORECASE)
-_POWERS = "kmgtp"
 
 EXAMPLES = """examples:
   ckptd plan --image-bytes 12GB --ranks-per-node 8 --nodes 64 --step-s 8
@@ -98,20 +96,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         show.emit(render(job, rows))
     return 0
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "12GB" (powers of 1000) or "12GiB" (of 1024). Raises BadArgument."""
-    match = _SIZE.fullmatch(text.strip())
-    try:
-        if match is None:
-            raise ValueError
-        unit = match[2].lower()
-        power = _POWERS.index(unit[0]) + 1 if unit else 0
-        return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
-    except (ValueError, OverflowError) as e:
-        msg = f"{text!r} is no size"
-        raise BadArgument(msg, remedy="give bytes, or a number with a unit: 800MB, 12GB, 12GiB") from e
 
 
 def job_of(args: argparse.Namespace) -> Job:

@@ -25,6 +25,8 @@ from ckptd.storage.checkpoint import Found, check_job, list_checkpoints, read_ch
 
 _STEP_URL = re.compile(r"(\w+://[^/]+(?:/.*)?)/([^/]+/step-[^/]+)/?")
 _KIBI = 1024
+_SIZE = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*((?:[kmgtp]i?)?)b?", re.IGNORECASE)
+_POWERS = "kmgtp"
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 _SPANS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -151,6 +153,20 @@ def emit_json(document: Any) -> None:
 def plain(text: str) -> str:
     """`text` on one line, without anything that a terminal would obey."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "12GB" (powers of 1000) or "12GiB" (of 1024). Raises BadArgument."""
+    match = _SIZE.fullmatch(text.strip())
+    try:
+        if match is None:
+            raise ValueError
+        unit = match[2].lower()
+        power = _POWERS.index(unit[0]) + 1 if unit else 0
+        return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
+    except (ValueError, OverflowError) as e:
+        msg = f"{text!r} is no size"
+        raise BadArgument(msg, remedy="give bytes, or a number with a unit: 800MB, 12GB, 12GiB") from e
 
 
 def size(n: int) -> str:

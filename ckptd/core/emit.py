@@ -19,13 +19,14 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, TypeAlias
 
 import msgspec
 
 from ckptd.core.boxes import Box, Shape
+from ckptd.core.crc import crc32
 from ckptd.core.image import ITEM_BYTES
 from ckptd.core.logical import row_major
 from ckptd.core.pickling import PersId, dumps, rebuild_tensor
@@ -72,13 +73,13 @@ class Sealed(msgspec.Struct, frozen=True):
 Plain: TypeAlias = Known | Zeros | Take
 
 
-class Entry(msgspec.Struct, frozen=True):
+class Entry(msgspec.Struct, frozen=True, dict=True):
     """Segments in a row whose CRC-32 is wanted under `mark`."""
 
     mark: str
     segments: tuple[Plain, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return sum(s.nbytes for s in self.segments)
@@ -87,13 +88,13 @@ class Entry(msgspec.Struct, frozen=True):
 Segment: TypeAlias = Known | Zeros | Take | Sealed | Entry
 
 
-class OutFile(msgspec.Struct, frozen=True):
+class OutFile(msgspec.Struct, frozen=True, dict=True):
     """A file of the target: its name below the target's place, and what it consists of."""
 
     name: str
     segments: tuple[Segment, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Its size."""
         return sum(s.nbytes for s in self.segments)
@@ -165,41 +166,100 @@ def torch_file(tree: Any, *, root: str = "archive") -> tuple[Segment, ...]:
             raise Unstorable(msg)
         return rebuild_tensor(PersId(value.dtype, key, count), value.shape, row_major(value.shape), parameter=value.parameter)
 
-    pickled = dumps(tree, persistent)
-    names: list[tuple[str, tuple[Plain, ...]]] = [("data.pkl", (Known(pickled),)), ("byteorder", (Known(b"little"),))]
-    names += [(e.mark, e.segments) for e in storages]
-    names += [("version", (Known(b"3\n"),)), (".data/serialization_id", (Known(b"0" * 40),))]
-    return _zip([(f"{root}/{name}", segments) for name, segments in names])
+    key = _form(tree)
+    pickled = dumps(tree, persistent) if key is None else _pickle_of(key)
+    if key is not None:
+        storages = [Entry("data/0", tree.parts if isinstance(tree, Taken) else next(v.parts for v in tree.values() if isinstance(v, Taken)))]
+    storages = [Entry(f"{root}/{e.mark}", e.segments) for e in storages]
+    laid = (_laid if key is not None else _laid.__wrapped__)(root, pickled, tuple((e.mark, e.nbytes) for e in storages))  # a large pickle is not kept
+    storage = iter(storages)
+    return tuple(next(storage) if s is None else s for s in laid)
 
 
-@lru_cache(maxsize=4096)
-def _pickle_of_one(dtype: str, count: int, shape: Shape, parameter: bool) -> bytes:  # noqa: FBT001  a cache wants positions
-    """The pickle of one tensor over storage "0"."""
-    return dumps(rebuild_tensor(PersId(dtype, "0", count), shape, row_major(shape), parameter=parameter))
+def _form(tree: Any) -> tuple[Any, ...] | None:
+    """What the pickle of a tree follows from, where that is one tensor, alone or among a few plain values; None otherwise. (A target may be thousands of such files.)"""
+    if isinstance(tree, Taken):
+        tree = {"": tree}
+        alone = True
+    elif type(tree) is dict and len(tree) <= 8 and sum(isinstance(v, Taken) for v in tree.values()) == 1:
+        alone = False
+    else:
+        return None
+    out: list[Any] = [alone]
+    for name, value in tree.items():
+        if isinstance(value, Taken) and not value.share and type(name) is str:
+            count = sum(p.nbytes for p in value.parts) // ITEM_BYTES[value.dtype]
+            if count < prod(value.shape):
+                return None
+            out.append((name, Taken, (value.dtype, count, value.shape, value.parameter)))
+        elif type(value) in {int, str, bool} and type(name) is str:
+            out.append((name, type(value), value))
+        else:
+            return None
+    return tuple(out)
 
 
-def _zip(entries: Sequence[tuple[str, tuple[Plain, ...]]]) -> tuple[Segment, ...]:
-    """Stored entries, their data aligned; sizes stand in the local headers, CRCs too: all headers are sealed."""
-    out: list[Segment] = []
+@lru_cache(maxsize=1024)
+def _pickle_of(form: tuple[Any, ...]) -> bytes:
+    """The pickle of a tree by its form."""
+    alone, *items = form
+    tree: dict[str, Any] = {}
+    for name, kind, value in items:
+        if kind is Taken:
+            dtype, count, shape, parameter = value
+            tree[name] = rebuild_tensor(PersId(dtype, "0", count), shape, row_major(shape), parameter=parameter)
+        else:
+            tree[name] = value
+    return dumps(tree[""] if alone else tree)
+
+
+@lru_cache(maxsize=1024)
+def _laid(root: str, pickled: bytes, storages: tuple[tuple[str, int], ...]) -> tuple[Segment | None, ...]:
+    """The segments of an archive with a pickle and storages of so many bytes; None where a storage goes. Files of the same form share one."""
+    entries: list[tuple[str, bytes | int]] = [(f"{root}/data.pkl", pickled), (f"{root}/byteorder", b"little")]
+    entries += storages
+    entries += [(f"{root}/version", b"3\n"), (f"{root}/.data/serialization_id", b"0" * 40)]
+    return _zip(entries)
+
+
+def _zip(entries: Sequence[tuple[str, bytes | int]]) -> tuple[Segment | None, ...]:
+    """Stored entries, their data aligned: bytes, or the size of what goes where None stands. Headers hold sizes and CRCs: those of the latter are sealed."""
+    out: list[Segment | None] = []
     places: list[tuple[bytes, str, int, int]] = []
+    sums: dict[str, int] = {}
+    ready = bytearray()  # headers and data in a row that are known
+
+    def known() -> None:
+        if ready:
+            out.append(Known(bytes(ready)))
+            ready.clear()
+
     at = 0
-    for name, segments in entries:
+    for name, held in entries:
         raw = name.encode()
-        size = sum(s.nbytes for s in segments)
+        size = held if isinstance(held, int) else len(held)
         big = size >= _U32_MAX
         extra64 = struct.pack("<HHQQ", 1, 16, size, size) if big else b""
         fixed = _LOCAL.size + len(raw) + len(extra64) + 4
         pad = -(at + fixed) % ALIGN_BYTES
         extra = extra64 + struct.pack("<HH", 0x4246, pad) + b"Z" * pad  # "FB", as torch pads
-        out.append(Sealed(_LOCAL.size + len(raw) + len(extra), _local_maker(raw, name, size, extra, big=big)))
+        head = _local_maker(raw, name, size, extra, big=big)
+        if isinstance(held, int):
+            known()
+            out += [Sealed(_LOCAL.size + len(raw) + len(extra), head), None]
+        else:
+            sums[name] = crc32(held)
+            ready += head(sums) + held
         places.append((raw, name, size, at))
-        at += _LOCAL.size + len(raw) + len(extra)
-        out.append(Entry(name, segments))
-        at += size
+        at += _LOCAL.size + len(raw) + len(extra) + size
+    known()
     directory_bytes = sum(_CENTRAL.size + len(raw) + len(_central_extra(size, begin)) for raw, _, size, begin in places)
     tail = _end(len(places), directory_bytes, at)
-    out.append(Sealed(directory_bytes, lambda sums: b"".join(_central(*p, sums[p[1]]) for p in places)))
-    out.append(Known(tail))
+
+    def directory(given: Mapping[str, int]) -> bytes:
+        return b"".join(_central(*p, sums[p[1]] if p[1] in sums else given[p[1]]) for p in places)
+
+    out += [Sealed(directory_bytes, directory), Known(tail)]
     return tuple(out)
 
 

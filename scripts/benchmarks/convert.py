@@ -83,11 +83,16 @@ def _bytes(folder: Path) -> int:
 
 
 def command(words: Sequence[str], log: Path) -> tuple[float, float]:
-    """Run it; seconds, and peak MiB of its largest process, as the kernel keeps it (VmHWM), looked at every 20 ms."""
+    """Run it; seconds, and peak MiB of its largest process, as the kernel keeps it (VmHWM), looked at every 20 ms.
+
+    Python keeps compiled modules beside `log`, for all commands alike: whatever this process was told of them, the first round compiles and the others do not.
+    """
     peak_kib = 0
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": str(log.with_name("pycache"))}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     with log.open("wb") as out:
         began_s = time.perf_counter()
-        process = subprocess.Popen(words, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(words, stdout=out, stderr=out, env=env)
         own = psutil.Process(process.pid)
         while process.poll() is None:
             peak_kib = max([peak_kib, *map(_high_water_kib, _tree(own))])
