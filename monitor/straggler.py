@@ -7,7 +7,7 @@ with what the whole job did meanwhile. On a device the host's times say little: 
 filled with (the others' time in collectives) - (its own).
 
 A rank is found if it exceeds its peers in 8 of the last 10 steps and their median is over max(5 % of a step, 5 standard errors); or if the mean of the last 20, 40 or 80
-steps is over max(2 %, 6.5 standard errors) above its own past. Standard errors are learned from blocks of 10 steps, so that noise with a memory counts as what it
+steps is over max(2 %, 5 standard errors) above its own past. Standard errors are learned from blocks of 10 steps, so that noise with a memory counts as what it
 is; single spikes are clipped. What was so from the start is the job's own unevenness: it is the baseline, and only a probe can call it a fault.
 
 The baseline is the mean of what lies behind: the first half of what was seen, later everything older than 100 steps, never steps in which the rank was suspected.
@@ -78,9 +78,12 @@ class Stragglers:
         self.learned = 0
         self.base = np.zeros((len(PARTS), r))
         self.base_n = np.zeros(r)
-        self.block_var = np.zeros(r)
+        self.block_var = np.zeros((2, r))
+        """By series (all of a rank's excess; its compute alone, which is quieter) and rank: of means of 10 steps."""
         self.blocks = 0
-        self.step_var = np.zeros(r)
+        self.step_var = np.zeros((2, r))
+        self.wide_var = np.zeros(2)
+        """Of means of 40 steps, all ranks pooled: noise with a long memory."""
         self.wall_us = 0.0
         self.device = False
         self.flagged = np.zeros(r, bool)
@@ -217,7 +220,7 @@ class Stragglers:
         unit = 1.0 if not self.device else self.wall_us
         bound = np.full(len(PARTS), CLIP * self.wall_us)
         bound[COMPUTE] = CLIP * unit
-        wide = 4.0 * np.sqrt(self.step_var) * self.wall_us
+        wide = 4.0 * np.sqrt(self.step_var[0]) * self.wall_us
         limit = np.maximum(bound[:, None], np.where(np.arange(len(PARTS))[:, None] == COMPUTE, wide / (1.0 if self.device else max(self.wall_us, 1.0)), wide))
         return np.clip(self.raw[k], self.base - limit, self.base + limit)
 
@@ -232,27 +235,33 @@ class Stragglers:
         self.excess[:n] = over
         self.total[:n] = over.sum(axis=1)
         if n >= 5:
-            spread = 1.4826 * median(np.abs(self.total[:n]), axis=0) / max(self.wall_us, 1.0)
-            pooled = float(median(spread))
-            self.step_var = np.maximum(spread, pooled) ** 2
+            spread = 1.4826 * median(np.abs(np.stack([self.total[:n], self.excess[:n, COMPUTE]])), axis=1) / max(self.wall_us, 1.0)
+            self.step_var = np.maximum(spread, median(spread, axis=1)[:, None]) ** 2
             self.block_var = self.step_var / 10.0
 
     def _noise(self) -> None:
         """One more block of 10: its mean's square is one sample of the variance of such means; of steps, their squares."""
-        at = np.arange(self.count - 10, self.count) % KEPT
-        unit = max(self.wall_us, 1.0)
-        wide = np.maximum(CLIP, 4.0 * np.sqrt(self.step_var))
-        rows = np.clip(self.total[at] / unit, -wide, wide)
-        means = rows.mean(axis=0)
+        rows = self._clipped(10)
+        means = rows.mean(axis=1)
         self.blocks += 1
         usual = np.abs(means) < 4.0 * np.sqrt(np.maximum(self.block_var, self.step_var / 10.0)) + 1e-9
         weight = np.where(self.flagged | ~usual, 0.02 * usual, 1.0 / min(self.blocks + 2.0, 50.0))
         self.block_var += weight * (means**2 - self.block_var)
-        self.step_var += weight * (rows.var(axis=0) - self.step_var)
+        self.step_var += weight * (rows.var(axis=1) - self.step_var)
+        if self.count % 40 == 0 and self.count >= 80:
+            squares = self._clipped(40).mean(axis=1) ** 2
+            now = 2.2 * median(squares, axis=1)  # the median of a squared normal is 0.455 of its variance
+            self.wide_var += (now - self.wide_var) / min(self.count / 40.0 - 1.0, 20.0)
+
+    def _clipped(self, w: int) -> Array:
+        """Series x the last w steps x ranks, parts of a step, spikes clipped."""
+        at = np.arange(self.count - w, self.count) % KEPT
+        wide = np.maximum(CLIP, 4.0 * np.sqrt(self.step_var))[:, None]
+        return np.clip(np.stack([self.total[at], self.excess[at, COMPUTE]]) / max(self.wall_us, 1.0), -wide, wide)
 
     def _runs(self, k: int) -> None:
         """Steps in a row in which a rank was far out: episodes of an intermittent fault."""
-        out = self.total[k] > np.maximum(2.0 * self.settings.slow, 4.0 * np.sqrt(self.step_var)) * self.wall_us
+        out = self.total[k] > np.maximum(2.0 * self.settings.slow, 4.0 * np.sqrt(self.step_var[0])) * self.wall_us
         ended = ~out & (self.runs >= RUN) & (self.runs < 10 * RUN)
         self.runs = np.where(out, self.runs + 1, 0).astype(np.int32)
         self.episodes = self.episodes * (1.0 - 1.0 / 200.0) + ended
@@ -260,9 +269,10 @@ class Stragglers:
     # --- looking ---
 
     def standard_error(self, n: int) -> Array:
-        """Of the mean of n steps against the baseline, as part of a step."""
+        """Of the mean of n steps against the baseline, as part of a step; by series and rank."""
         var = np.maximum(self.step_var, 10.0 * self.block_var)
-        return np.asarray(np.sqrt(var * (1.0 / n + 1.0 / np.maximum(self.base_n, 1.0))))
+        mean = np.maximum(var / n, self.wide_var[:, None] if n >= 40 else 0.0)
+        return np.asarray(np.sqrt(mean + var / np.maximum(self.base_n, 1.0)))
 
     def look(self) -> list[Late]:
         """Ranks that are found now, and ranks that were and have not recovered."""
@@ -271,7 +281,7 @@ class Stragglers:
             return []
         over, window = self._levels(n)
         found = over >= 1.0
-        mean20 = self._mean(20) / self.wall_us
+        mean20 = self._mean(20).max(axis=0)
         holds = self.flagged & (mean20 >= 0.5 * self.level)
         found &= self._beside(found | holds)
         fresh = found & ~self.flagged
@@ -286,18 +296,18 @@ class Stragglers:
         at = np.arange(n - 10, n) % KEPT
         last = self.total[at] / unit
         enough = self.good[at].sum(axis=0) >= 8
-        bound = np.maximum(s.slow, s.sigma_short * 1.25 * self.standard_error(10))
+        bound = np.maximum(s.slow, s.sigma_short * 1.25 * self.standard_error(10)[0])
         steady = (last > 0.5 * bound).sum(axis=0) >= 8
         best = np.where(steady & enough, median(last, axis=0) / bound, 0.0)
         window = np.full(self.size, 10)
         for w in WINDOWS[1:]:
             if n < w + self.settings.learn_steps + 5:
                 break
-            mean = self._mean(w) / unit
-            spread = 1.4826 * float(median(np.abs(mean - median(mean)))) if self.size >= 8 else 0.0
-            limit = np.maximum(np.maximum(s.slow_long, s.sigma_long * self.standard_error(w)), 5.0 * spread)
+            mean = self._mean(w)
+            spread = 1.4826 * median(np.abs(mean - median(mean, axis=1)[:, None]), axis=1)[:, None] if self.size >= 8 else 0.0
+            limit = np.maximum(np.maximum(s.slow_long, s.sigma_long * self.standard_error(w)), 4.5 * spread)
             enough = self.good[np.arange(n - w, n) % KEPT].sum(axis=0) >= 0.8 * w
-            ratio = np.where(enough, mean / limit, 0.0)
+            ratio = np.where(enough, (mean / limit).max(axis=0), 0.0)
             window = np.where(ratio > best, w, window)
             best = np.maximum(best, ratio)
         often = np.where(self.episodes >= EPISODES - 0.6, self.episodes / (EPISODES - 0.6), 0.0)
@@ -306,16 +316,14 @@ class Stragglers:
         return best, window
 
     def _mean(self, w: int) -> Array:
-        """Mean of the last w steps, spikes clipped."""
-        at = np.arange(self.count - w, self.count) % KEPT
-        wide = np.maximum(CLIP, 4.0 * np.sqrt(self.step_var)) * self.wall_us
-        return np.asarray(np.clip(self.total[at], -wide, wide).mean(axis=0))
+        """Mean of the last w steps, spikes clipped; by series and rank, parts of a step."""
+        return np.asarray(self._clipped(w).mean(axis=1))
 
     def _beside(self, found: Array) -> Array:
         """Who is large enough beside the largest."""
         if not np.any(found):
             return found
-        mean = self._mean(10)
+        mean = self._mean(10).max(axis=0)
         return np.asarray(mean >= BESIDE * float(mean[found].max()))
 
     def _late(self, rank: int, window: int, *, half: bool, fresh: bool) -> Late:
@@ -323,7 +331,7 @@ class Stragglers:
         parts = self.excess[at, :, rank].mean(axis=0)
         cost = float(median(self.total[at, rank]) if window == 10 else self.total[at, rank].mean()) / self.wall_us
         if fresh:
-            clipped = float(self._mean(10)[rank]) / self.wall_us
+            clipped = float(self._mean(10)[:, rank].max())
             self.level[rank] = min(cost, clipped) if clipped > 0 else cost
             self.since[rank] = self._since(rank, cost)
         positive = np.maximum(parts, 0.0)
@@ -331,7 +339,7 @@ class Stragglers:
         evidence = [
             Evidence(signal="excess over its peers", value=round(cost * self.wall_us), unit="us", baseline=round(self.wall_us)),
             *[Evidence(signal=f"of it {name}", value=round(float(p)), unit="us") for name, p in zip(PARTS, parts, strict=True) if abs(p) > 0.1 * max(positive.sum(), 1)],
-            Evidence(signal="standard error", value=round(float(self.standard_error(window)[rank]) * self.wall_us), unit="us"),
+            Evidence(signal="standard error", value=round(float(self.standard_error(window)[0, rank]) * self.wall_us), unit="us"),
             Evidence(signal="steps looked at", value=float(window)),
         ]
         step = int(self.steps[(self.count - 1) % KEPT])

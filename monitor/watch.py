@@ -210,10 +210,11 @@ class Watch:
         """A rank whose saves take far longer than the others', again and again."""
         if len(self._saves) < 3:
             return []
-        wall = max(self.stragglers.wall_us, 1.0)
-        least = np.min(np.array(self._saves[-3:]), axis=0)
-        usual = float(median(least))
-        slow = np.flatnonzero(least > max(2.0 * usual, usual + wall)) if usual > 0 else np.array([], np.int64)
+        last = np.log(np.maximum(np.array(self._saves[-3:]), 1.0))
+        over = last - median(last, axis=1)[:, None]
+        spread = 1.4826 * float(median(np.abs(over).ravel()))
+        slow = np.flatnonzero(over.min(axis=0) > max(np.log(2.0), 3.0 * spread))
+        least, usual = np.exp(last.min(axis=0)), float(np.exp(median(last, axis=1)).min())
         if not len(slow) or len(slow) > self.stragglers.size // 4:
             return []
         evidence = (Evidence(signal="time in saving", value=float(least[slow].max()), baseline=usual, unit="us"),)
