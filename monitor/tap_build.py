@@ -27,6 +27,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("native.cpp", "ring.h")
+PREFIX = "ckptd_tap_"
 BUILD_TIMEOUT_S = 900.0
 NICE = 19
 FLAGS = ("-O2", "-g0", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
@@ -60,7 +61,7 @@ def module_name() -> str:
     for name in SOURCES:
         h.update((HERE / name).read_bytes())
     h.update(" ".join((*FLAGS, torch.__version__, str(torch.compiled_with_cxx11_abi()), sysconfig.get_config_var("EXT_SUFFIX") or "", platform.machine())).encode())
-    return f"ckptd_tap_{h.hexdigest()[:16]}"
+    return f"{PREFIX}{h.hexdigest()[:16]}"
 
 
 def built() -> Path | None:
@@ -74,14 +75,15 @@ def built() -> Path | None:
 
 
 def load() -> Any:
-    """The module. Raises NotBuilt, ImportError."""
+    """The module, the same for the life of the process: its state is the process's. Raises NotBuilt, ImportError."""
+    loaded = [m for name, m in [*sys.modules.items()] if name.startswith(PREFIX)]
+    if loaded:
+        return loaded[0]
     path = built()
     if path is None:
         msg = "the native tap is not built: python -m ckptd.monitor.tap_build"
         raise NotBuilt(msg)
     name = path.stem
-    if name in sys.modules:
-        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path, loader=importlib.machinery.ExtensionFileLoader(name, str(path)))
     if spec is None or spec.loader is None:
         msg = f"{path} cannot be loaded"
@@ -142,7 +144,7 @@ def build() -> Path:
                 raise NotBuilt(msg)
             target.chmod(0o700)
             target.rename(directory / target.name)
-        for old in directory.glob("ckptd_tap_*.so"):  # of other sources or torches: kept a month, for a node may have several environments
+        for old in directory.glob(f"{PREFIX}*.so"):  # of other sources or torches: kept a month, for a node may have several environments
             with contextlib.suppress(OSError):
                 if old.stem != name and old.stat().st_atime < (directory / f"{name}.so").stat().st_mtime - 30 * 86400:
                     old.unlink()
