@@ -372,6 +372,48 @@ def test_restarts_without_a_new_snapshot_end_a_job_and_a_worker_that_ignores_sig
         stop_daemon(c.nodes[0].directory)
 
 
+TELLER = """
+import json, os, time
+with open(os.environ["OUT"], "a") as f:
+    f.write(json.dumps({k: os.environ.get(k) for k in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "CKPTD_SLOT", "CUDA_VISIBLE_DEVICES", "CKPTD_ON_FAULT")}) + chr(10))
+time.sleep(1000)
+"""
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("virtual", [False, True])
+def test_those_that_are_left_keep_their_slots_and_devices(tmp_path, virtual):
+    """Local ranks stay dense; with --virtual-local-rank each worker sees the one device of its slot."""
+    script = tmp_path / "teller.py"
+    script.write_text(TELLER)
+    options = ["--standby", "0", *(["--virtual-local-rank"] if virtual else [])]
+    with One(tmp_path, 4, options=options, env={"CUDA_VISIBLE_DEVICES": "7,5,3,1"}) as c:
+        c.command[-3:] = [str(script)]
+        c.start()
+
+        def told(count: int) -> list[dict]:
+            lines = c.out.read_text().splitlines() if c.out.exists() else []
+            return sorted(map(json.loads, lines[-count:]), key=lambda e: e["RANK"]) if len(lines) >= count else []
+
+        first = c.await_(lambda: told(4), PATIENCE_S, "four workers")
+        assert [e["CKPTD_SLOT"] for e in first] == ["0", "1", "2", "3"] and {e["CKPTD_ON_FAULT"] for e in first} == {"evict"}
+        for verdict, rank, slots in ((1, 1, ["0", "2", "3"]), (2, 2, ["0", "2"])):
+            c.out.unlink()
+            c.act(verdict=verdict, attempt=0, action="evict", ranks=[rank])
+            left = c.await_(lambda n=len(slots): told(n), PATIENCE_S, "those that are left")
+            assert [e["CKPTD_SLOT"] for e in left] == slots
+            assert [e["LOCAL_RANK"] for e in left] == (["0"] * len(slots) if virtual else [str(i) for i in range(len(slots))])
+            assert {(e["WORLD_SIZE"], e["LOCAL_WORLD_SIZE"]) for e in left} == {(str(len(slots)),) * 2}
+            names = ["7531"[int(s)] for s in slots]
+            assert [e["CUDA_VISIBLE_DEVICES"] for e in left] == (names if virtual else [",".join(names)] * len(slots))
+        c.out.unlink()
+        c.act(verdict=3, attempt=0, action="evict", ranks=[0, 1])
+        (answer,) = c.answers(3, 1)
+        assert not answer["done"] and "nobody would be left" in answer["what"]
+        assert [e["CKPTD_SLOT"] for e in c.await_(lambda: told(2), PATIENCE_S, "both again")] == ["0", "2"]
+        stop_daemon(c.nodes[0].directory)
+
+
 def test_a_policy_that_is_none_is_refused(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "ckptd.cli.main", "run", "--nproc-per-node", "1", "--dir", str(tmp_path / "d"), "x.py"], capture_output=True, text=True,
