@@ -14,7 +14,7 @@ from pathlib import Path
 import benchmarks
 from benchmarks.harness import Bench
 
-NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in {"__main__", "harness"})
+NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in {"__main__", "harness", "simjobs", "simhangs", "watch_links", "watch_real", "watch_score"})
 
 
 def main() -> int:
@@ -24,15 +24,19 @@ def main() -> int:
     p.add_argument("--quick", action="store_true", help="under 90 s: smaller, fewer rounds, looser bounds (printed)")
     p.add_argument("--rounds", type=int, help="rounds, instead of the benchmark's own number")
     p.add_argument("--json", type=Path, metavar="FILE", help="write what is printed, the single rounds and the machine there")
-    a = p.parse_args()
+    a, rest = p.parse_known_args()  # a benchmark may have options of its own: its function `options`
     if a.list:
         for name in NAMES:
             print(f"{name:10} {(importlib.import_module(f'benchmarks.{name}').__doc__ or '').splitlines()[0]}")
         return 0
     if a.name is None:
         p.error("NAME is missing; --list says which there are")
+    options = getattr(importlib.import_module(f"benchmarks.{a.name}"), "options", None)
+    if rest and options is None:
+        p.error(f"unrecognized arguments: {shlex.join(rest)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     with Bench(a.name, shlex.join(["scripts/bench", *sys.argv[1:]]), quick=a.quick, rounds=a.rounds) as bench:
+        bench.options = options(rest) if options is not None else None
         importlib.import_module(f"benchmarks.{a.name}").run(bench)
         print(bench.text())
     if a.json is not None:

@@ -9,6 +9,7 @@ As a program (`python -m benchmarks.harness MODULE:FUNCTION ARGUMENTS RESULT`) t
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime as dt
 import gc
@@ -136,6 +137,8 @@ class Bench:
     command: str
     quick: bool = False
     rounds: int | None = None
+    options: argparse.Namespace | None = None
+    """A benchmark's own, where it has some."""
     tables: list[Table] = field(default_factory=list)
     aims: list[Aim] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
