@@ -16,7 +16,7 @@
 // - a ring that was used stays mapped for ever (its owner in Python sees to that), so a late callback writes where nobody reads, at worst;
 // - a forked child writes nothing.
 //
-// Device time (1 in `every` operations of a group): a pair of events, the start on the stream that the operation is called on, the end inside the callback of the work's
+// Device time (1 in `every` operations of a group, and those that come some time after the last timed one): a pair of events, the start on the stream that the operation is called on, the end inside the callback of the work's
 // future, whose stream torch lets wait for the work. A thread of our own asks once in a millisecond while a pair is out.
 #include <algorithm>
 #include <atomic>
@@ -108,6 +108,7 @@ struct Members {  // of a group as this process knows it; never freed: a process
     std::atomic<int> row{-1};
     std::atomic<uint32_t> epoch{0};
     std::atomic<uint32_t> device_ops{0};
+    std::atomic<uint64_t> timed_ns{0};  // when the last one was that is timed on its device
 };
 
 constexpr size_t GROUP_SLOTS = 1024, WORK_SLOTS = 2048, OUTPUT_SLOTS = 1024, PAIRS = 64, NO_FUTURE_MAX = 16;
@@ -141,6 +142,7 @@ std::atomic<bool> off{true};
 std::atomic<uint32_t> epoch{0};  // of the ring in use: what began in another one ends nowhere
 std::atomic<int> coalescing{0}, capturing{0};
 std::atomic<uint32_t> every{8};
+constexpr uint64_t TIMED_APART_NS = 200'000;  // a pair of events costs about 2 us: one percent of that
 std::atomic<int> breaks{0};  // so many operations fail inside the tap: for tests
 std::atomic<Members*> groups[GROUP_SLOTS];
 std::mutex first_sight;
@@ -548,6 +550,10 @@ void remember_no_future(const c10d::Work& work) {  // torch makes that error slo
 }
 
 void follow(const c10::intrusive_ptr<c10d::Work>& work, uint64_t tag, Pair* pair) {
+    if (!work) {  // NCCL gives none where nobody is to wait: the operation ran on the caller's own stream (torch 2.8 and newer)
+        if (pair != nullptr) clock_of()->finish(pair);
+        return;
+    }
     works.put(work.get(), tag);
     bool device = on_device(tag);
     if (device && pair == nullptr) return;  // its future is done when it is enqueued
@@ -644,8 +650,13 @@ private:
         bool device = what.device.type() != c10::DeviceType::CPU;
         tag = tagged(i, device);
         uint32_t one_in = every.load(std::memory_order_relaxed);
-        if (device && one_in > 0 && capturing.load(std::memory_order_relaxed) == 0 && m->device_ops.fetch_add(1, std::memory_order_relaxed) % one_in == 0) {
-            pair = clock_of()->begin(what.device, tag);
+        if (device && one_in > 0 && capturing.load(std::memory_order_relaxed) == 0) {
+            // Few operations are all timed: the last before a pause must be, for it tells whether the group has left it.
+            bool turn = m->device_ops.fetch_add(1, std::memory_order_relaxed) % one_in == 0;
+            if (turn || began - m->timed_ns.load(std::memory_order_relaxed) > TIMED_APART_NS) {
+                m->timed_ns.store(began, std::memory_order_relaxed);
+                pair = clock_of()->begin(what.device, tag);
+            }
         }
         if (async && spec.functional) keep = args[0];
         return true;
