@@ -154,9 +154,9 @@ def _flows(trace: _Trace) -> None:
     """Arrows through one collective, in the order of entering: the last arrow points at who came last."""
     joined = [(place, sorted(slices, key=lambda s: s[2])) for place, slices in trace.flows.items() if len({s[0] for s in slices}) > 1]
     for number, (_, slices) in enumerate(joined[-FLOWS_MAX:]):
-        for i, (pid, tid, begin, end) in enumerate(slices):
+        for i, (pid, tid, begin, _) in enumerate(slices):
             phase = "s" if i == 0 else "f" if i == len(slices) - 1 else "t"
-            event = {"name": "joined", "cat": "joined", "ph": phase, "id": number + 1, "pid": pid, "tid": tid, "ts": (begin + end) / 2}
+            event = {"name": "joined", "cat": "joined", "ph": phase, "id": number + 1, "pid": pid, "tid": tid, "ts": begin}
             trace.events.append({**event, "bp": "e"} if phase == "f" else event)
 
 

@@ -77,6 +77,7 @@ def check(trace):
         assert all(a[1] <= b[0] * (1 + 1e-12) + 1e-3 for a, b in zip(spans, spans[1:], strict=False)), thread
     for events in flows.values():
         assert Counter(e["ph"] for e in events) | {"t": 0} == Counter({"s": 1, "f": 1, "t": len(events) - 2}) | {"t": 0}
+        assert [e["ts"] for e in events] == sorted(e["ts"] for e in events)
         assert [e["ph"] for e in events] == ["s", *"t" * (len(events) - 2), "f"] and len({(e["name"], e["cat"]) for e in events}) == 1
         for e in events:
             assert any(begin <= e["ts"] <= end for begin, end in slices[e["pid"], e["tid"]])
