@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from ckptd.cli import show
 from ckptd.errors import BadArgument, NotFound, StoreFailed
 
 EVIDENCE_SHOWN = 8
+PROGRESS_S = 1.0
 
 
 def add_parser(verbs: Any) -> None:
@@ -104,7 +107,12 @@ def _dumps(files: dict[int, Path], trace_out: str | None) -> dict[str, Any]:
 
     def read() -> Iterator[tuple[int, Any]]:
         """Anew each time: many dumps are more than memory should hold."""
-        return ((rank, flight.read(path)) for rank, path in sorted(files.items()))
+        shows, said_s = sys.stderr.isatty(), time.monotonic()
+        for n, (rank, path) in enumerate(sorted(files.items())):
+            if shows and time.monotonic() - said_s > PROGRESS_S:
+                said_s = time.monotonic()
+                print(f"\r{n} of {len(files)} dumps", end="", file=sys.stderr, flush=True)
+            yield rank, flight.read(path)
 
     job = flight.gather(read())
     findings, waits = flight.conclude(job)

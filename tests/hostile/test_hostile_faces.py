@@ -138,8 +138,10 @@ def test_a_death_is_told_everywhere_and_no_secret_anywhere(tmp_path):
     said |= {str(p): p.read_bytes() for p in files}
     assert [what for what, text in said.items() if SECRET.encode() in text] == []
     assert (tmp_path / "d" / "events.jsonl").stat().st_mode & 0o077 == 0
-    done = ckptd("analyze", tmp_path / "runs", timeout=LOAD_S)
-    assert done.returncode == 0 and "crash: rank 1" in done.stdout
+    done = ckptd("analyze", tmp_path / "runs", "--json", timeout=LOAD_S)
+    (told,) = json.loads(done.stdout)["analyzed"]
+    logged = [e["verdict"] for e in map(json.loads, log.read_text().split("\n")[:-1]) if e["event"] == "verdict"]
+    assert [(v["kind"], v["ranks"], v["state"]) for v in told["history"]] == [(v["kind"], v["ranks"], v["state"]) for v in logged], "the same verdicts as then"
 
 
 def test_who_may_ask(tmp_path):
