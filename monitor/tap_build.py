@@ -121,14 +121,18 @@ def command(target: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def build() -> Path:
-    """Where the module lies, built if it is not there; one process at a time. Raises NotBuilt, with what the compiler said."""
+def build(*, wait: bool = True) -> Path:
+    """Where the module lies, built if it is not there; one process at a time (`wait`: for its turn). Raises NotBuilt, with what the compiler said."""
     found = built()
     if found is not None:
         return found
     directory = cache_directory()
     with (directory / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            msg = "another process is at it"
+            raise NotBuilt(msg) from e
         found = built()
         if found is not None:
             return found
@@ -171,7 +175,7 @@ def main() -> int:
     if "--background" in sys.argv:
         os.nice(NICE)
     try:
-        print(build())  # noqa: T201  a command line
+        print(build(wait="--background" not in sys.argv))  # noqa: T201  a command line
     except NotBuilt as e:
         print(f"the native tap cannot be built; collectives are then seen from Python, at ten times the cost: {e}", file=sys.stderr)  # noqa: T201
         return 1
