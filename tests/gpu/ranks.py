@@ -8,6 +8,7 @@ On a CPU (DEVICE cpu) the same program runs over gloo, so that it is kept workin
 from __future__ import annotations
 
 import datetime as dt
+import faulthandler
 import json
 import os
 import statistics
@@ -221,6 +222,7 @@ CASES = {f.__name__: f for f in (ops, straggler, graph, waits, timing, cost)}
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(30, exit=False)  # who hangs says where
     rank, world, store, device = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5]
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
     r = Rank(rank, world, store, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -29,7 +30,19 @@ def alone():
 @pytest.fixture(scope="module")
 def together():
     """Two ranks on one device."""
-    return run_ranks(2, "cuda", "ops", "straggler", "waits", "graph", timeout_s=100)
+    return run_ranks(2, "cuda", "ops", "straggler", timeout_s=50)
+
+
+@pytest.fixture(scope="module")
+def asking():
+    """Two ranks, and what their proxies wait for."""
+    return run_ranks(2, "cuda", "waits", timeout_s=40)
+
+
+@pytest.fixture(scope="module")
+def replaying():
+    """Two ranks, and a graph."""
+    return run_ranks(2, "cuda", "graph", timeout_s=40)
 
 
 def found(said: dict, case: str) -> dict:
@@ -58,8 +71,11 @@ def test_the_taps_own_times_are_those_of_events(alone):
         pytest.skip(f"the layer {case['layer']!r} does not time devices by itself")
     timed = [t for t in case["timed"] if t["inside_us"]]
     assert {t["bytes"] for t in timed} == {t["bytes"] for t in case["timed"]}, "some of each size"
-    for t in timed:
-        assert abs(t["inside_us"] - t["event_us"]) < max(0.3 * t["event_us"], 60), t
+    # The events stand around Python's call, 0.1 ms or so apart where nothing is moved; the tap's stand around the operation.
+    assert all(t["inside_us"] <= t["event_us"] + 20 for t in timed)
+    largest = max(t["bytes"] for t in timed)
+    of_tap, of_events = (statistics.median(t[what] for t in timed if t["bytes"] == largest) for what in ("inside_us", "event_us"))
+    assert of_events - of_tap < 0.4 * of_events
 
 
 def check_graph(case: dict) -> list[dict]:
@@ -76,8 +92,8 @@ def test_capture_into_a_graph_is_seen_and_not_disturbed(alone):
     assert check_graph(found(alone, "graph")) == []
 
 
-def test_replays_of_a_graph_are_timed_by_the_plugin(together):
-    for said in together:
+def test_replays_of_a_graph_are_timed_by_the_plugin(replaying):
+    for said in replaying:
         case = found(said, "graph")
         replays = check_graph(case)
         print(f"{len(replays)} marks of replays, us: {[r['inside_us'] for r in replays]}", case["counts"])
@@ -110,8 +126,8 @@ def test_who_waits_for_a_late_rank_is_inside_on_the_device(together):
     assert waiting[3]["inside_us"] > 20_000
 
 
-def test_waits_of_proxies_are_told_when_asked_for(together):
-    for said in together:
+def test_waits_of_proxies_are_told_when_asked_for(asking):
+    for said in asking:
         case = found(said, "waits")
         assert not [r for r in case["before"] if r["mark"]]
         print(f"rank {said['rank']}:", case["counts"])

@@ -11,7 +11,7 @@
 #endif
 
 typedef struct { int magic, open, type; } mine;
-static int initialised, colls, channels, stops, states, wrong;
+static int initialised, colls, channels, stops, states, wrong, odd[6];  // odd: what was wrong, by kind
 
 typedef struct { uint64_t type; void *parent; int rank; union { uint64_t words[11]; }; } descr;
 
@@ -21,11 +21,15 @@ static int start(void *context, void **handle, void *d_) {
     *handle = NULL;
     wrong += *(int *)context != 4711 || !initialised;
     mine *parent = d->parent;
-    if (type == 64) channels++, wrong += !parent || parent->magic != 42 || parent->type != 2;
+    if (type == 64) {  // of a collective, or of a send or receive, whose events were not asked for
+        int bad = parent && (parent->magic != 42 || parent->type != 2);
+        channels++, wrong += bad, odd[1] += bad;
+    }
     if (type == 2) {
         colls++;
         mine *group = VERSION >= 5 ? (mine *)d->words[10] : parent;  // parentGroup
-        wrong += group && (group->magic != 42 || group->type != 1);
+        int bad = group && (group->magic != 42 || group->type != 1);
+        wrong += bad, odd[2] += bad;
     }
     mine *m = malloc(sizeof *m);
     *m = (mine){42, 1, type};
@@ -35,7 +39,8 @@ static int start(void *context, void **handle, void *d_) {
 
 static int stop(void *handle) {
     mine *m = handle;
-    wrong += m->magic != 42 || !m->open || !initialised;
+    int bad = m->magic != 42 || !m->open || !initialised;
+    wrong += bad, odd[3] += bad;
     m->open = 0;
     stops++;
     return 0;
@@ -43,7 +48,9 @@ static int stop(void *handle) {
 
 static int state(void *handle, int what, void *args) {
     (void)args;
-    wrong += ((mine *)handle)->magic != 42 || what != 22;
+    mine *m = handle;
+    int bad = m->magic != 42 || (m->type == 64 && what != 22);
+    wrong += bad, odd[4] += bad;
     states++;
     return 0;
 }
@@ -52,7 +59,7 @@ static int finalize(void *context) {
     wrong += *(int *)context != 4711;
     initialised = 0;
     free(context);
-    fprintf(stderr, "user's plugin: version %d, colls %d, channels %d, stops %d, states %d, wrong %d\n", VERSION, colls, channels, stops, states, wrong);
+    fprintf(stderr, "user's plugin: version %d, colls %d, channels %d, stops %d, states %d, wrong %d (%d %d %d %d)\n", VERSION, colls, channels, stops, states, wrong, odd[1], odd[2], odd[3], odd[4]);
     return 0;
 }
 
