@@ -40,6 +40,7 @@ from ckptd.core.replicas import Ballots, Suspicion
 from ckptd.core.retention import Retention
 from ckptd.errors import BadArgument, Bug, CkptdError, NotFound
 from ckptd.held import Arenas, Guest, make_seal, put_seal, verify_blocks
+from ckptd.monitor.settings import Settings as EngineSettings
 
 log = logging.getLogger("ckptd.daemon")
 
@@ -131,7 +132,7 @@ class Daemon:
         self.tiers: dict[str, Tier] = {}
         self.protection = protect.Protection(self)
         self.members = members.Members()
-        self.watcher = watcher.Watcher(self, watcher.EngineSettings(evict_after_s=settings.evict_after_s), enabled=settings.watch)
+        self.watcher = watcher.Watcher(self, EngineSettings(evict_after_s=settings.evict_after_s), enabled=settings.watch)
         self.faces = faces.Faces(self, settings.faces)
         self.ballots: dict[str, Ballots] = defaultdict(Ballots)
         self.suspicions: deque[tuple[str, int, Suspicion]] = deque(maxlen=ERRORS_KEPT)

@@ -23,7 +23,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -398,7 +398,7 @@ class Watcher:
             job.recorder.close(0.2)
         header = recorded.Header(
             job=job.name, attempt=max(job.attempt, job.run), world_size=job.world_size, nodes=self._nodes_of(job), began_s=time.time(),
-            settings={"policy": self._settings(job).policy},
+            settings=asdict(self._settings(job)),
         )  # fmt: skip
         try:
             job.recorder = self._recorder(header)
