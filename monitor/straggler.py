@@ -45,6 +45,8 @@ BESIDE = 0.4
 """A rank whose excess is less than this part of the largest one is not named beside it: disturbed, not disturbing."""
 ROLE_MIN = 3
 CLIP = 0.15
+OF_MEDIAN = 1.57
+"""The variance of a median, as a multiple of a mean's (of normal values)."""
 RUN = 4
 """Steps in a row that make an episode; EPISODES of them, of one rank, make it intermittent."""
 EPISODES = 3
@@ -82,6 +84,9 @@ class Stragglers:
         """By series (all of a rank's excess; its compute alone, which is quieter) and rank: of means of 10 steps."""
         self.blocks = 0
         self.step_var = np.zeros((2, r))
+        self.middle_var = np.zeros(r)
+        """Of a step as medians see it (by the median distance), and of the median of a block of 10: spikes are in neither."""
+        self.middles_var = np.zeros(r)
         self.wide_var = np.zeros(2)
         """Of means of 40 steps, all ranks pooled: noise with a long memory."""
         self.wall_us = 0.0
@@ -225,9 +230,12 @@ class Stragglers:
         return np.clip(self.raw[k], self.base - limit, self.base + limit)
 
     def _relearn(self, n: int) -> None:
-        """While there is little: the median of all of it."""
+        """While there is little: the mean of all of it, spikes clipped as the windows clip them."""
         rows = self.raw[:n]
-        self.base = median(rows, axis=0).astype(float)
+        middle = median(rows, axis=0)
+        bound = np.full(len(PARTS), CLIP * self.wall_us)[:, None]
+        bound[COMPUTE] = CLIP * (self.wall_us if self.device else 1.0)
+        self.base = np.clip(rows, middle - bound, middle + bound).mean(axis=0).astype(float)
         self.base_n[:] = n
         self.learned = n
         over = rows - self.base
@@ -238,6 +246,8 @@ class Stragglers:
             spread = 1.4826 * median(np.abs(np.stack([self.total[:n], self.excess[:n, COMPUTE]])), axis=1) / max(self.wall_us, 1.0)
             self.step_var = np.maximum(spread, median(spread, axis=1)[:, None]) ** 2
             self.block_var = self.step_var / 10.0
+            self.middle_var = self.step_var[0].copy()
+            self.middles_var = OF_MEDIAN * self.middle_var / 10.0
 
     def _noise(self) -> None:
         """One more block of 10: its mean's square is one sample of the variance of such means; of steps, their squares."""
@@ -248,10 +258,19 @@ class Stragglers:
         weight = np.where(self.flagged | ~usual, 0.02 * usual, 1.0 / min(self.blocks + 2.0, 50.0))
         self.block_var += weight * (means**2 - self.block_var)
         self.step_var += weight * (rows.var(axis=1) - self.step_var)
+        self._middles(rows[0])
         if self.count % 40 == 0 and self.count >= 80:
             squares = self._clipped(40).mean(axis=1) ** 2
             now = 2.2 * median(squares, axis=1)  # the median of a squared normal is 0.455 of its variance
             self.wide_var += (now - self.wide_var) / min(self.count / 40.0 - 1.0, 20.0)
+
+    def _middles(self, rows: Array) -> None:
+        """The same for the short window, which looks at medians: what a spike adds to a mean is no noise of theirs."""
+        middle = median(rows, axis=0)
+        usual = np.abs(middle) < 4.0 * np.sqrt(np.maximum(self.middles_var, OF_MEDIAN * self.middle_var / 10.0)) + 1e-9
+        weight = np.where(self.flagged | ~usual, 0.02 * usual, 1.0 / min(self.blocks + 2.0, 50.0))
+        self.middles_var += weight * (middle**2 - self.middles_var)
+        self.middle_var += weight * ((1.4826 * median(np.abs(rows - middle), axis=0)) ** 2 - self.middle_var)
 
     def _clipped(self, w: int) -> Array:
         """Series x the last w steps x ranks, parts of a step, spikes clipped."""
@@ -272,7 +291,8 @@ class Stragglers:
         """Of the mean of n steps against the baseline, as part of a step; by series and rank."""
         var = np.maximum(self.step_var, 10.0 * self.block_var)
         mean = np.maximum(var / n, self.wide_var[:, None] if n >= 40 else 0.0)
-        return np.asarray(np.sqrt(mean + var / np.maximum(self.base_n, 1.0)))
+        past = np.maximum(self.base_n, 1.0)
+        return np.asarray(np.sqrt(mean + np.maximum(var / past, self.wide_var[:, None] * np.minimum(1.0, 80.0 / past))))
 
     def look(self) -> list[Late]:
         """Ranks that are found now, and ranks that were and have not recovered."""
@@ -285,6 +305,9 @@ class Stragglers:
         holds = self.flagged & (mean20 >= 0.5 * self.level)
         found &= self._beside(found | holds)
         fresh = found & ~self.flagged
+        for rank in np.flatnonzero(fresh):
+            found[rank] = self._began(int(rank), int(window[rank]))
+        fresh &= found
         self.flagged = found | holds
         if not np.any(self.flagged):
             return []
@@ -296,7 +319,8 @@ class Stragglers:
         at = np.arange(n - 10, n) % KEPT
         last = self.total[at] / unit
         enough = self.good[at].sum(axis=0) >= 8
-        bound = np.maximum(s.slow, s.sigma_short * 1.25 * self.standard_error(10)[0])
+        noise = np.maximum(self.middles_var, OF_MEDIAN * self.middle_var / 10.0) + self.step_var[0] / np.maximum(self.base_n, 1.0)
+        bound = np.maximum(s.slow, s.sigma_short * np.sqrt(noise))
         steady = (last > 0.5 * bound).sum(axis=0) >= 8
         best = np.where(steady & enough, median(last, axis=0) / bound, 0.0)
         window = np.full(self.size, 10)
@@ -305,7 +329,7 @@ class Stragglers:
                 break
             mean = self._mean(w)
             spread = 1.4826 * median(np.abs(mean - median(mean, axis=1)[:, None]), axis=1)[:, None] if self.size >= 8 else 0.0
-            limit = np.maximum(np.maximum(s.slow_long, s.sigma_long * self.standard_error(w)), 4.5 * spread)
+            limit = np.maximum(np.maximum(s.slow_long, s.sigma_long * self.standard_error(w)), 5.0 * spread)
             enough = self.good[np.arange(n - w, n) % KEPT].sum(axis=0) >= 0.8 * w
             ratio = np.where(enough, (mean / limit).max(axis=0), 0.0)
             window = np.where(ratio > best, w, window)
@@ -327,13 +351,13 @@ class Stragglers:
         return np.asarray(mean >= BESIDE * float(mean[found].max()))
 
     def _late(self, rank: int, window: int, *, half: bool, fresh: bool) -> Late:
-        at = np.arange(self.count - window, self.count) % KEPT
+        back = min(window, max(3, int(np.count_nonzero(self.steps[: min(self.count, KEPT)] >= self.since[rank]))))
+        at = np.arange(self.count - back, self.count) % KEPT
         parts = self.excess[at, :, rank].mean(axis=0)
-        cost = float(median(self.total[at, rank]) if window == 10 else self.total[at, rank].mean()) / self.wall_us
+        cost = float(median(self.total[at, rank]) if back <= 10 else self._clipped(back)[0, :, rank].mean() * self.wall_us) / self.wall_us
         if fresh:
             clipped = float(self._mean(10)[:, rank].max())
-            self.level[rank] = min(cost, clipped) if clipped > 0 else cost
-            self.since[rank] = self._since(rank, cost)
+            self.level[rank] = min(cost, max(clipped, 0.5 * self.settings.slow_long))
         positive = np.maximum(parts, 0.0)
         which = int(np.argmax(positive))
         evidence = [
@@ -348,6 +372,12 @@ class Stragglers:
             slowdown=max(cost, 0.0), evidence=tuple(evidence),
         )  # fmt: skip
         return Late(rank, finding, half)
+
+    def _began(self, rank: int, window: int) -> bool:
+        """Whether there was a time before it: what goes back to the first steps is how the job is."""
+        at = np.arange(self.count - window, self.count) % KEPT
+        self.since[rank] = self._since(rank, float(self.total[at, rank].mean()) / self.wall_us)
+        return self.count > KEPT or bool(self.since[rank] > self.steps[min(self.settings.learn_steps, self.count) - 1])
 
     def _since(self, rank: int, cost: float) -> int:
         """The first of the steps that went on without a break until now: where a step lies nearer to what it cost than to nothing."""

@@ -1,0 +1,362 @@
+"""Detectors by themselves: summaries in, findings out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ckptd.monitor import comms, join, record
+from ckptd.monitor.asks import Asks
+from ckptd.monitor.drift import Pace, is_drift
+from ckptd.monitor.join import Join, median
+from ckptd.monitor.loss import Losses
+from ckptd.monitor.report import Finding, GroupStep, Probed, StepSummary
+from ckptd.monitor.roles import Roles
+from ckptd.monitor.settings import Settings
+from ckptd.monitor.straggler import Stragglers
+from ckptd.monitor.verdict import Seen, Verdicts, agree
+
+MS = 1000
+WORLD = 1
+
+
+def summary(rank, step, *, wall=100 * MS, own=80 * MS, seq=None, history=0, inside=20 * MS, **more):
+    groups = [] if seq is None else [GroupStep(WORLD, seq, history, 4, 1 << 20, inside, inside)]
+    return StepSummary(rank, step, step * 10**8, wall, own, program=7, groups=groups, **more)
+
+
+def joined(steps, size, of):
+    """What Join makes of `of(rank, step)`."""
+    table = Join(size)
+    out = []
+    for step in range(1, steps + 1):
+        table.add([of(r, step) for r in range(size)], float(step))
+        out += table.ready(float(step))
+    return table, out
+
+
+# --- join -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("missing", [0.0, 0.3, 1.0])
+def test_medians_are_numpys(axis, missing):
+    rng = np.random.default_rng(1)
+    for shape in ((1, 5), (6, 4), (7, 8)):
+        values = rng.random(shape)
+        values[rng.random(shape) < missing] = np.nan
+        expected = [np.median(v[~np.isnan(v)]) if not np.isnan(v).all() else np.nan for v in np.moveaxis(values, axis, -1)]
+        assert np.allclose(median(values, axis), expected, equal_nan=True)
+
+
+def test_steps_come_whole_and_in_order():
+    table = Join(3)
+    table.add([summary(r, 1) for r in range(3)], 0.0)
+    table.add([summary(0, 2), summary(1, 2)], 0.1)
+    table.add([summary(r, 3) for r in range(3)], 0.2)
+    assert [j.step for j in table.ready(0.3)] == [1]
+    late = table.ready(3.0)
+    assert [(j.step, j.missing) for j in late] == [(2, 1), (3, 0)]
+    assert np.isnan(late[0].values[join.SELF, 2])
+    table.add([summary(2, 2)], 3.1)
+    assert table.late == 1
+
+
+def test_lost_records_leave_a_rank_unknown():
+    _, (j,) = joined(1, 2, lambda r, s: summary(r, s, lost=5 * r))
+    assert not np.isnan(j.values[join.SELF, 0])
+    assert np.isnan(j.values[join.SELF, 1])
+    assert j.lost == 5
+
+
+def test_memory_is_bounded_while_a_rank_is_silent():
+    table = Join(64)
+    for r in range(64):
+        table.add([summary(r, 1)], 0.0)
+    for step in range(2, 20000):
+        table.add([summary(0, step)], 0.0)
+        table.ready(0.0)
+    assert len(table.pending) <= table._limit + 1
+
+
+def test_a_job_that_numbers_its_steps_anew_is_followed():
+    table, _ = joined(50, 2, summary)
+    out = []
+    for step in range(1, 40):
+        table.add([summary(r, step) for r in range(2)], 100.0 + step)
+        out += table.ready(100.0 + step)
+    assert out[-1].step == 39
+
+
+@pytest.mark.parametrize("how", ["skipped", "another"])
+def test_who_entered_other_operations(how):
+    def of(r, s):
+        odd = r == 2 and s >= 5
+        return summary(r, s, seq=4 * s - (odd and how == "skipped"), history=9 * s + odd)
+
+    _, out = joined(6, 4, of)
+    assert not any(j.odd for j in out[:4])
+    assert (out[4].odd[0].ranks, out[4].odd[0].behind) == ((2,), how == "skipped")
+
+
+def test_a_tap_that_began_later_is_not_odd():
+    _, out = joined(6, 4, lambda r, s: summary(r, s, seq=4 * s - 3 * (r == 2), history=9 * s + (r == 2)))
+    assert not any(j.odd for j in out)
+
+
+# --- stragglers -------------------------------------------------------------------------------------------------------------
+
+
+def watched(steps, size, of, roles=None, settings=Settings()):
+    """(step at which each rank was first found, what was found last)."""
+    s = Stragglers(size, settings)
+    first, last = {}, []
+    for j in joined(steps, size, of)[1]:
+        s.add(j, roles or [np.arange(size)])
+        last = s.look()
+        for x in last:
+            if not x.half:
+                first.setdefault(x.rank, (j.step, x.finding))
+    return first, last
+
+
+def noisy(seed, size, steps, spread=0.02):
+    rng = np.random.default_rng(seed)
+    return np.exp(rng.normal(0, spread, (steps + 1, size)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("compute-slow", None), ("input-stall", "data_us"), ("gc-pause", "gc_us"), ("checkpoint-stall", "checkpoint_us"), ("cpu-contention", "delay_us")],
+)
+def test_the_part_tells_the_cause(kind, part):
+    factor = noisy(1, 8, 100)
+
+    def of(r, s):
+        extra = 10 * MS if r == 3 and s > 60 else 0
+        return summary(r, s, own=int(80 * MS * factor[s, r]) + extra, **({part: extra} if part else {}))
+
+    first, _ = watched(100, 8, of)
+    step, finding = first[3]
+    assert set(first) == {3}
+    assert finding.kind == kind
+    assert 61 <= step <= 75
+    assert abs(finding.since_step - 61) <= 2
+    assert 0.06 <= finding.slowdown <= 0.14
+
+
+def test_what_was_so_from_the_start_is_no_fault():
+    factor = noisy(2, 8, 150)
+    first, _ = watched(150, 8, lambda r, s: summary(r, s, own=int((80 + 12 * (r == 3)) * MS * factor[s, r])))
+    assert first == {}
+
+
+def test_one_spike_is_no_fault():
+    factor = noisy(3, 8, 120)
+    first, _ = watched(120, 8, lambda r, s: summary(r, s, own=int(80 * MS * factor[s, r]) + (900 * MS if r == 3 and s == 60 else 0)))
+    assert first == {}
+
+
+def test_who_stands_least_in_device_collectives_is_late():
+    factor = noisy(4, 8, 100)
+
+    def of(r, s):
+        late = 12 * MS if s > 60 else 0
+        return summary(r, s, own=5 * MS, device_us=int(20 * MS * factor[s, r]) + (0 if r == 3 else late))
+
+    first, _ = watched(100, 8, of)
+    assert set(first) == {3}
+    assert first[3][1].kind == "compute-slow"
+
+
+def test_a_stage_of_one_rank_is_compared_with_its_past():
+    factor = noisy(5, 2, 120)
+
+    def of(r, s):
+        length = 1 + 0.3 * np.sin(s)  # batches of other lengths: both stages know it
+        return summary(r, s, own=int((60 + 20 * r) * MS * length * factor[s, r]) + (15 * MS if r == 1 and s > 60 else 0))
+
+    first, _ = watched(120, 2, of, roles=[np.array([0]), np.array([1])])
+    assert 1 in first
+    assert first[1][0] <= 85
+
+
+def test_a_rank_that_recovered_is_not_found():
+    factor = noisy(6, 8, 160)
+    first, last = watched(160, 8, lambda r, s: summary(r, s, own=int(80 * MS * factor[s, r]) + (20 * MS if r == 3 and 60 < s <= 90 else 0)))
+    assert set(first) == {3}
+    assert last == []
+
+
+def test_roles_follow_programs_and_do_not_follow_every_batch():
+    roles = Roles(8)
+    roles.learn({1: range(8)})
+    assert roles.see(np.array([1, 1, 1, 1, 2, 2, 2, 2]))
+    assert [r.tolist() for r in roles.by_role] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for i in range(10):  # the same partition under new names
+        assert not roles.see(np.array([1, 1, 1, 1, 2, 2, 2, 2]) + 10 * i)
+    assert not roles.see(np.array([1, -1, 1, 1, 2, 2, 2, 2]))
+
+
+# --- transfers --------------------------------------------------------------------------------------------------------------
+
+
+def rates(nodes, slow, factor=0.4):
+    return [Probed(1, "transfer", a, 1e9 * (factor if slow(a, b) else 1.0), b) for a in range(nodes) for b in range(nodes) if a != b]
+
+
+@pytest.mark.parametrize("nodes", [3, 4, 8])
+@pytest.mark.parametrize(
+    ("kind", "slow", "found"),
+    [
+        ("send-slow", lambda a, _: a == 1, (1,)),
+        ("receive-slow", lambda _, b: b == 1, (1,)),
+        ("link-slow", lambda a, b: (a, b) == (1, 2), (1,)),
+        ("send-slow", lambda a, b: 1 in (a, b), (1,)),
+    ],
+    ids=["row", "column", "cell", "both"],
+)
+def test_the_matrix_says_side_or_link(nodes, kind, slow, found):
+    if nodes == 3 and kind == "send-slow" and slow(0, 1):
+        pytest.skip("of three nodes, two of three pairs are slow: nothing is left to compare with")
+    place = comms.place(rates(nodes, slow), 1.5)
+    assert (place.kind, place.nodes) == (kind, found)
+    assert place.peer == (2 if kind == "link-slow" else -1)
+
+
+def test_a_matrix_without_a_hot_cell_names_nobody():
+    assert comms.place(rates(4, lambda *_: False), 1.5) is None
+    assert comms.place(rates(4, lambda *_: True), 1.5) is None
+    assert comms.place([], 1.5) is None
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 8, 9, 64])
+def test_rounds_are_disjoint(nodes):
+    for pairs in comms.rounds(list(range(nodes))):
+        assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs) == nodes
+        assert all(a != b for a, b in pairs)
+
+
+def test_slow_transfers_are_found_without_anybody_being_slow():
+    t = comms.Transfers(Settings())
+    found = None
+    for j in joined(60, 4, lambda r, s: summary(r, s, seq=4 * s, inside=(20 if s <= 40 else 60) * MS))[1]:
+        t.add(j, 100 * MS)
+        found = t.look([WORLD], {WORLD: range(4)}) or found
+    assert found.finding.kind == "comm-slow"
+    assert found.finding.since_step == 41
+    assert found.groups == (WORLD,)
+
+
+# --- drift, pace, losses ----------------------------------------------------------------------------------------------------
+
+
+def test_a_slope_is_told_from_a_step():
+    rng = np.random.default_rng(7)
+    for _ in range(10):
+        noise = rng.normal(0, 0.02, 100)
+        assert is_drift(np.maximum(np.arange(100) - 30, 0) * 0.002 + noise)
+        assert not is_drift((np.arange(100) > 60) * 0.15 + noise)
+
+
+def test_all_slower_is_said_and_a_new_program_is_not():
+    pace, other = Pace(Settings()), Pace(Settings())
+    for s in range(300):
+        pace.add(s, 1e5 * (1.3 if s > 200 else 1.0), 1)
+        other.add(s, 1e5 * (1.3 if s > 200 else 1.0), 1 + (s > 200))
+    assert pace.look().kind == "global-slow"
+    assert other.look() is None
+
+
+@pytest.mark.parametrize(("bits", "named"), [({1: 1, 0: 2, 2: 2, 3: 2}, (1,)), (dict.fromkeys(range(4), 3), ()), ({2: 2}, (2,))])
+def test_the_first_number_that_is_none(bits, named):
+    losses = Losses()
+    _, steps = joined(3, 4, lambda r, s: summary(r, s, bad=bits.get(r, 0) if s >= 2 else 0))
+    found = [losses.add(j) for j in steps]
+    assert found[0] is None
+    assert (found[1].kind, found[1].ranks, found[1].step) == ("nan", named, 2)
+    assert (found[2].ranks, found[2].since_step) == (named, 2)
+    assert record.BAD_LOSS == 1
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------------
+
+
+def slow_finding(slowdown=0.2, step=10, kind="compute-slow"):
+    return Finding(kind, (3,), step, step, 1.0, slowdown=slowdown)
+
+
+def book(**settings):
+    return Verdicts("job", 1, Settings(**settings), lambda r: (r // 2, f"host{r // 2}, local rank {r % 2}"))
+
+
+def test_what_holds_is_confirmed_and_what_ends_is_cleared():
+    v = book()
+    key = ("slow", 3)
+    states = [t.state for i in range(4) for t in v.window("steps", [Seen(key, slow_finding())], float(i), 0.0)]
+    assert states == ["suspected", "confirmed"]
+    states = [t.state for i in range(4, 9) for t in v.window("steps", [], float(i), 0.0)]
+    assert states == ["cleared"]
+    (again,) = v.window("steps", [Seen(key, slow_finding())], 20.0, 0.0)
+    assert again.id == 1
+    assert any(e.signal == "times that it came back" for e in again.evidence)
+    for i in range(4):
+        v.window("steps", [], 21.0 + i, 0.0)
+    (other,) = v.window("steps", [Seen(key, slow_finding())], 200.0, 0.0)
+    assert other.id == 2
+
+
+def probes(culprit, peers=1e11):
+    return [Probed(1, "compute", 3, culprit), *(Probed(1, "compute", r, peers) for r in (4, 5, 6))]
+
+
+@pytest.mark.parametrize(("rate", "grade", "recommended"), [(0.8e11, "evict", "evict"), (0.99e11, "report", "report")])
+def test_only_a_probe_that_agrees_makes_a_slow_rank_one_to_evict(rate, grade, recommended):
+    v = book(policy="evict")
+    for i in range(3):
+        v.window("steps", [Seen(("slow", 3), slow_finding())], float(i), 0.0)
+    v.probed(("slow", 3), probes(rate), 3.0, 0.0)
+    assert v.all()[0].grade == "report"  # not yet for long enough
+    v.window("steps", [Seen(("slow", 3), slow_finding())], 100.0, 0.0)
+    told = v.window("steps", [Seen(("slow", 3), slow_finding())], 101.0, 0.0) or v.all()
+    assert (told[-1].grade, told[-1].recommended) == (grade, recommended)
+    assert told[-1].state == "confirmed"
+
+
+def test_one_eviction_an_hour():
+    v = book(policy="evict")
+    for i in range(3):
+        v.window("steps", [Seen(("slow", 3), slow_finding())], float(i), 0.0)
+    v.probed(("slow", 3), probes(0.7e11), 3.0, 0.0)
+    v.acted(1, "evict", 1000.0)
+    v.window("steps", [Seen(("slow", 3), slow_finding())], 100.0, 1100.0)
+    assert v.all()[0].recommended == "report"
+    v.window("steps", [Seen(("slow", 3), slow_finding())], 101.0, 5000.0)
+    assert v.all()[0].recommended == "evict"
+
+
+def test_losses_lower_confidence():
+    sure, unsure = book(), book()
+    unsure.lost = (0.2, 1000)
+    for v in (sure, unsure):
+        v.window("steps", [Seen(("slow", 3), slow_finding())], 0.0, 0.0)
+    assert unsure.all()[0].confidence < sure.all()[0].confidence
+    assert unsure.all()[0].lost_records == 1000
+
+
+def test_a_probe_needs_peers_to_agree():
+    assert agree(slow_finding(), [Probed(1, "compute", 3, 1e10)]) is None
+    assert agree(slow_finding(), probes(0.0)) is None
+
+
+def test_a_rank_is_not_probed_again_at_once():
+    asks = Asks(Settings())
+    first = asks.probe(("slow", 3), (3,), (4, 5, 6), 0.0)
+    assert {a.what for a in first} == {"compute", "memory"}
+    assert asks.probe(("slow", 3), (3,), (4, 5, 6), 10.0) == []
+    for a in first:
+        asks.answered([Probed(a.id, a.what, r, 1e9) for r in a.ranks])
+    ended, _, _ = asks.done(11.0)
+    assert len(ended) == 1
+    assert asks.probe(("slow", 3), (3,), (4, 5, 6), 30.0) == []
+    assert asks.probe(("slow", 3), (3,), (4, 5, 6), 61.0)
