@@ -21,6 +21,8 @@ Array = np.ndarray[Any, Any]
 
 KEPT = 512
 WINDOW = 40
+FAST, FAST_SLOW = 12, 0.2
+"""A change by so much is said after so few steps."""
 PAST_MIN = 60
 DRIFT_MIN = 30
 
@@ -54,24 +56,31 @@ class Pace:
 
     def look(self) -> Finding | None:
         """All ranks are slower than they were."""
+        return self._look(WINDOW, self.settings.global_slow) or self._look(FAST, max(FAST_SLOW, self.settings.global_slow))
+
+    def _look(self, window: int, least: float) -> Finding | None:
         n = min(self.count - self.begun, KEPT)
-        if n < PAST_MIN + WINDOW:
+        if n < PAST_MIN // 2 + window:
             return None
         at = np.arange(self.count - n, self.count) % KEPT
-        past, now = np.log(np.maximum(self.wall[at[:-WINDOW]], 1.0)), np.log(np.maximum(self.wall[at[-WINDOW:]], 1.0))
+        past, now = np.log(np.maximum(self.wall[at[:-window]], 1.0)), np.log(np.maximum(self.wall[at[-window:]], 1.0))
         before = float(median(past)) if not self.level_us else float(np.log(self.level_us))
-        blocks = past[len(past) % 20 :].reshape(-1, 20)
-        noise = max(1.4826 * float(median(np.abs(median(blocks, axis=1) - median(past)))), 1.25 * float(past.std()) / np.sqrt(20.0)) if len(blocks) > 2 else 1.0
+        size = min(20, window)
+        blocks = past[len(past) % size :].reshape(-1, size)
+        if len(blocks) < 3:
+            return None
+        spread = 1.4826 * float(median(np.abs(past - median(past))))
+        noise = max(1.4826 * float(median(np.abs(median(blocks, axis=1) - median(past)))), 1.25 * spread / np.sqrt(size))
         shift = float(median(now)) - before
-        bound = max(float(np.log1p(self.settings.global_slow)), 6.0 * noise)
+        bound = max(float(np.log1p(least)), 6.0 * noise)
         steady = float(np.mean(now > before + 0.5 * bound))
         if shift < bound or steady < 0.9:
-            if shift < bound / 2:
+            if shift < bound / 2 and window == WINDOW:
                 self.level_us = 0.0
             return None
         if not self.level_us:
             self.level_us = float(np.exp(before))
-            self.slow_since = int(self.steps[at[-WINDOW]])
+            self.slow_since = int(self.steps[at[-window]])
         evidence = (Evidence(signal="step", value=round(float(np.exp(median(now)))), unit="us", baseline=round(float(np.exp(before)))),)
         return Finding(
             kind="global-slow", ranks=(), step=int(self.steps[at[-1]]), since_step=self.slow_since, strength=min(1.0, shift / (2 * bound)),

@@ -65,7 +65,7 @@ class Engine:
         self.roll = Roll(world_size, nodes, settings)
         self.patience = hang.Patience(settings)
         self.watch = Watch(world_size, settings, self.roll, self.patience)
-        self.verdicts = Verdicts(job, attempt, settings, self.roll.place, list(past))
+        self.verdicts = Verdicts(job, attempt, settings, self.roll.place, list(past), alarms_of=self.roll.alarms)
         self.asks = Asks(settings)
         self._death = _Death()
         self._stacks_of: set[int] = set()

@@ -100,6 +100,11 @@ class Roll:
         device = f", GPU {info.device}" if info.device >= 0 else ""
         return info.node, f"{info.host}, local rank {info.local_rank}{device}"
 
+    def alarms(self, node: int) -> dict[str, str]:
+        """What is wrong with a node, as it said last."""
+        health = self.health.get(node)
+        return dict(health.alarms) if health is not None else {}
+
     def ranks_of(self, node: int) -> list[int]:
         """All ranks of a node."""
         return [int(r) for r in np.flatnonzero(self.node_of == node)]

@@ -18,7 +18,7 @@ Source: monitoring.md 4.5 (5), 4.8; ByteRobust and MegaScale for the order of ac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -37,6 +37,8 @@ LASTING = frozenset({"crash", "divergence"})
 """These are not cleared by silence: the attempt ends with them, or has to."""
 CONFIDENCE = {"suspected": 0.6, "confirmed": 0.85, "cleared": 0.85}
 PROBED_CONFIDENCE = 0.97
+ILL = 0.08
+"""A node whose health is known to be bad is the likelier culprit."""
 RECENT_MAX = 64
 EVIDENCE_MAX = 12
 
@@ -102,6 +104,8 @@ class Verdicts:
     open: dict[Key, Open] = field(default_factory=dict)
     recent: list[Open] = field(default_factory=list)
     lost: tuple[float, int] = (0.0, 0)
+    alarms_of: Callable[[int], Mapping[str, str]] = lambda _: {}
+    """Node -> what is wrong with its health."""
     _ids: int = 0
 
     def window(self, domain: str, seen: Iterable[Seen], now_s: float, wall_s: float) -> list[Verdict]:
@@ -222,16 +226,18 @@ class Verdicts:
             extra = (*extra, Evidence(signal="times that it came back", value=float(entry.flaps)))
         if entry.agrees is not None:
             extra = (*extra, Evidence(signal="probe", value="agrees" if entry.agrees else "does not see it"))
+        alarms = [(n, kind, text) for n in sorted(nodes) for kind, text in self.alarms_of(n).items()]
+        extra = (*[Evidence(signal=f"health of node {n}: {kind}", value=text) for n, kind, text in alarms[:4]], *extra)
         return Verdict(
             id=entry.id, job=self.job, attempt=self.attempt, kind=f.kind, cause=f.cause, state=entry.state, ranks=f.ranks, nodes=tuple(sorted(nodes)),
-            places=tuple(words for _, words in places), confidence=self._confidence(entry), since_step=f.since_step, step=f.step, since_s=entry.since_s,
+            places=tuple(words for _, words in places), confidence=self._confidence(entry, ill=bool(alarms)), since_step=f.since_step, step=f.step, since_s=entry.since_s,
             detected_s=entry.detected_s, slowdown=f.slowdown, op=f.op, group=f.group, seq=f.seq, peer=f.peer, victims=f.victims,
             evidence=(*f.evidence, *extra)[: 2 * EVIDENCE_MAX], probes=entry.probes, grade=self._grade(entry), recommended=entry.recommended, action=entry.action,
             lost_records=self.lost[1],
         )  # fmt: skip
 
-    def _confidence(self, entry: Open) -> float:
-        sure = CONFIDENCE[entry.state]
+    def _confidence(self, entry: Open, *, ill: bool) -> float:
+        sure = CONFIDENCE[entry.state] + (ILL if ill and entry.finding.kind in HARDWARE else 0.0)
         if entry.agrees or entry.finding.kind in CERTAIN:
             sure = PROBED_CONFIDENCE
         sure *= 0.7 + 0.3 * max(0.0, min(1.0, entry.finding.strength))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from benchmarks.simjobs import LAYOUTS, Fault, Noise, Sim  # noqa: E402
 
 from ckptd.monitor.engine import Ask, Engine, Settings  # noqa: E402
-from ckptd.monitor.report import Finding, Pulse, Report  # noqa: E402
+from ckptd.monitor.report import Finding, Health, Pulse, RankInfo, Report  # noqa: E402
 
 PURE = "asks comms drift engine hang join loss roles settings standing straggler verdict watch".split()
 CLEAN = {"time", "datetime", "socket", "threading", "asyncio", "os", "io", "pathlib", "random", "secrets", "subprocess", "torch", "psutil", "logging"}
@@ -83,6 +83,23 @@ def test_the_side_of_slow_transfers(kind, peer):
     assert (last.kind, last.ranks, last.peer, last.state) == (kind, (2, 3), peer, "confirmed")
     assert {a.what for a in asked} == {"transfer"}
     assert all(len(a.ranks) == 1 and a.other >= 0 for a in asked)
+
+
+def test_a_slow_link_of_a_pipeline_is_found_by_pairs():
+    """Stages wait for each other as they always do, no group's transfer is slow: the job is, so pairs are measured."""
+    _, told, _ = play("pp4dp2", [Fault("link-slow", (), 0.05, 60, node=1, peer=2)], steps=110)
+    assert "global-slow" in {v.kind for _, v in told}
+    last = [v for _, v in told if v.state == "confirmed"][-1]
+    assert (last.kind, last.nodes, last.peer) == ("link-slow", (1, 2), 2)
+
+
+def test_bad_health_is_evidence():
+    engine = Engine("job", 1, 4, 2)
+    infos = [RankInfo(r, r // 2, r % 2, 1, f"host{r // 2}") for r in range(4)]
+    engine.receive(Report(1, 1, ranks=infos, health=Health(1, alarms={"xid": "79 on GPU 1"})), 0.0, 0.0)
+    (out,) = engine.found(Finding("compute-slow", (2,), 9, 9, 1.0))
+    assert any("xid" in e.signal and "79" in str(e.value) for e in out.verdict.evidence)
+    assert out.verdict.confidence > Engine("job", 1, 4, 2).found(Finding("compute-slow", (2,), 9, 9, 1.0))[0].verdict.confidence
 
 
 def test_numbers_that_are_none_and_operations_left_out():
