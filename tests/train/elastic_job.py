@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -74,6 +75,34 @@ def reference(steps: int, scale: int = 1) -> dict[int, str]:
     return found
 
 
+class Trouble:
+    """What goes wrong with this worker: "hang:rank=1,step=9" in the first attempt; "slow:slot=2,step=9", wherever that slot is used: others take its core from then on."""
+
+    def __init__(self, kind: str = "", step: int = 0, work_s: float = 0.0) -> None:
+        self.kind, self.step, self.work_s = kind, step, work_s
+
+    @classmethod
+    def of(cls, text: str, rank: int, attempt: int) -> Trouble:
+        kind, _, rest = text.partition(":")
+        told = dict(part.split("=") for part in rest.split(",") if part)
+        mine = (kind == "hang" and attempt == 1 and int(told["rank"]) == rank) or (kind == "slow" and told["slot"] == os.environ.get("CKPTD_SLOT"))
+        return cls(kind if mine else "", int(told.get("step", 0)), float(told.get("work_ms", 0)) / 1000)
+
+    def at(self, step: int) -> None:
+        if self.kind and step == self.step:
+            with open(os.environ["OUT"] + ".trouble", "a") as f:
+                f.write(json.dumps({"t": time.time(), "what": self.kind, "step": step}) + "\n")
+        if self.kind == "hang" and step == self.step:
+            time.sleep(3600)
+        if self.kind == "slow" and step >= self.step and not hasattr(self, "spinners"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+            spin = "import ctypes, signal\nctypes.CDLL(None).prctl(1, signal.SIGKILL)\nwhile True: pass"  # PR_SET_PDEATHSIG: they go with us
+            self.spinners = [subprocess.Popen([sys.executable, "-S", "-c", spin]) for _ in range(3)]
+        until = time.thread_time() + self.work_s
+        while time.thread_time() < until:
+            pass
+
+
 def main() -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -106,8 +135,10 @@ def main() -> None:
 
     found = digest(model, optimizer, loader) if restored.step else ""
     say(what="restored", step=restored.step, source=restored.source, digest=found, times=t)
+    trouble = Trouble.of(os.environ.get("TROUBLE", ""), rank, session.attempt)
     for step in range(restored.step + 1, steps + 1):
         began = time.monotonic()
+        trouble.at(step)
         x, target = loader.batch(rank, world_size, 129 * scale)
         (model(x, target) * world_size).backward()  # FSDP divides by it
         optimizer.step()
