@@ -389,7 +389,7 @@ def _alone(rows: Mapping[int, Mapping[int, OpenOp]], graph: Graph, members: Sequ
     for (key, seq), behind in graph.missing.items():
         there = [r for r, row in rows[key].items() if row.entered >= seq]
         if len(there) != len(behind):
-            against.update(min(there, behind, key=len))
+            against.update(there if len(there) < len(behind) else behind)
     most = max((against[m] for m in members), default=0)
     return sorted(m for m in members if against[m] == most) if most > 0 else []
 
@@ -474,9 +474,9 @@ class Patience:
         self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), seconds)
 
     def pause_s(self, beyond: float = 0.01) -> float:
-        """Of steps outside of phases: this part of them is longer."""
+        """Of steps outside of phases: this part of them is longer, and be it only one."""
         total = sum(self._counts)
-        left = total * beyond
+        left = max(total * beyond, min(1.0, total / 20))
         for i in range(self.BINS - 1, -1, -1):
             left -= self._counts[i]
             if left < 0.0:

@@ -115,7 +115,7 @@ class Stragglers:
         if not wall > 0.0:
             return
         self._walls = [*self._walls, wall][-32:]
-        self.wall_us = float(median(self._walls))
+        self.wall_us = float(median(np.array(self._walls)))
         parts = self._parts(v)
         raw = self._over_peers(parts, roles, v)
         self._usual(parts[COMPUTE])
@@ -227,7 +227,7 @@ class Stragglers:
         bound[COMPUTE] = CLIP * unit
         wide = 4.0 * np.sqrt(self.step_var[0]) * self.wall_us
         limit = np.maximum(bound[:, None], np.where(np.arange(len(PARTS))[:, None] == COMPUTE, wide / (1.0 if self.device else max(self.wall_us, 1.0)), wide))
-        return np.clip(self.raw[k], self.base - limit, self.base + limit)
+        return np.asarray(np.clip(self.raw[k], self.base - limit, self.base + limit))
 
     def _relearn(self, n: int) -> None:
         """While there is little: the mean of all of it, spikes clipped as the windows clip them."""
@@ -276,7 +276,7 @@ class Stragglers:
         """Series x the last w steps x ranks, parts of a step, spikes clipped."""
         at = np.arange(self.count - w, self.count) % KEPT
         wide = np.maximum(CLIP, 4.0 * np.sqrt(self.step_var))[:, None]
-        return np.clip(np.stack([self.total[at], self.excess[at, COMPUTE]]) / max(self.wall_us, 1.0), -wide, wide)
+        return np.asarray(np.clip(np.stack([self.total[at], self.excess[at, COMPUTE]]) / max(self.wall_us, 1.0), -wide, wide))
 
     def _runs(self, k: int) -> None:
         """Steps in a row in which a rank was far out: episodes of an intermittent fault."""
