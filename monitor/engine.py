@@ -179,16 +179,26 @@ class Engine:
     def _deaths(self, pulses: list[Pulse]) -> Out:
         known = {*self._death.ranks, *self._death.victims}
         dead = [p.rank for p in pulses if p.state in hang.GONE and 0 <= p.rank < self.world_size and p.rank not in known]
-        if not dead:
-            return []
         d = self._death
+        if not dead:
+            return self._died_of() if d.ranks and pulses else []
+        out: Out = []
         if not d.ranks:
             d.first_s = self._now_s
+            told = {r for r, p in self.roll.pulses.items() if p.groups}
+            others = sorted(self.roll.infos.keys() - told - {*dead}) if len(self.roll.heard_s) > 1 else []
+            out += [self.asks.ask("pulses", others[:256])] if others else []
         (d.ranks if self._now_s - d.first_s <= TOGETHER_S else d.victims).extend(dead)
+        return out + (self._died_of() or self._crashed())
+
+    def _died_of(self) -> Out:
+        """A mismatch that ranks died of: a backend that was given less or more than it expected ends its process, which is not to blame."""
         standing = self.roll.standing(self._now_s, self._step)
         odd = [f for f in hang.mismatches(standing, hang.rows_by_group(standing.pulses)) if f.strength == 1.0]
-        if odd:  # they died of it: a backend that was given less or more than it expected ends its process
-            return self._conclude("crash", [Seen(_hang_key(f), f, stuck=True, certain=True) for f in odd])
+        return self._conclude("died of", [Seen(_hang_key(f), f, stuck=True, certain=True) for f in odd]) if odd else []
+
+    def _crashed(self) -> Out:
+        d = self._death
         killed = [r for r in d.ranks if self.roll.pulses[r].signal or self.roll.pulses[r].state != "raised"]
         ranks = killed or d.ranks  # who was killed is first; who raised because of it follows
         victims = {*d.victims, *d.ranks} - {*ranks}

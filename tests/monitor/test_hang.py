@@ -239,3 +239,35 @@ def test_a_death_is_told_at_once_and_the_rest_follows_from_it():
     assert "signal 9" in verdict.cause
     assert len(verdicts) == 1
     assert engine.status()["verdicts"][0]["kind"] == "crash"
+
+
+def test_who_was_killed_is_told_from_who_raised_because_of_it():
+    def at(t):
+        states = {0: "raised", 2: "dead", 3: "raised"} if t >= 1 else {}
+        return [pulse(r, [], state=states.get(r, "S"), idle_ms=100) for r in range(4)]
+
+    _, verdicts, _ = engine_of(at)
+    assert [(v.kind, v.ranks, v.victims) for _, v in verdicts[-1:]] == [("crash", (2,), (0, 3))]
+
+
+def test_a_mismatch_that_others_die_of_is_still_named():
+    """gloo ends the process that was given more bytes than it expected: it is not to blame."""
+
+    def at(t):
+        return [
+            pulse(r, [row(WORLD, 45, 44, signature=99 if r == 3 else 1)] if t >= 1 else [], state="dead" if r == 0 and t >= 1 else "S", idle_ms=100)
+            for r in range(4)
+        ]
+
+    engine, verdicts, asks = engine_of(at)
+    assert [(t, v.kind, v.ranks) for t, v in verdicts] == [(1.0, "crash", (0,)), (1.0, "desync", (3,))], "the other node's ranks are heard of later"
+    assert any(a.what == "pulses" for a in asks)
+    report = Report(0, 1, ranks=list(engine.roll.infos.values()), pulses=at(1))
+    at_once = [c.verdict for c in Engine("job", 1, 4, 1).receive(report, 1.0, 1e9) if isinstance(c, Concluded)]
+    assert [(v.kind, v.ranks) for v in at_once] == [("desync", (3,))], "on one node it is known at once"
+
+
+def test_who_waits_in_what_the_others_have_left_entered_something_else():
+    pulses = [pulse(r, [row(WORLD, 46, 45)]) for r in (1, 2, 3)] + [pulse(0, [row(WORLD, 45, 44)])]
+    found = only(look(pulses, {WORLD: range(4)}))
+    assert (found.kind, found.ranks) == ("desync", (0,))
