@@ -37,6 +37,8 @@ EVERY_STEPS = 2
 NODE_MIN = 3
 """So many ranks of one node, slow for one reason, are the node's verdict."""
 SAVES_KEPT = 4
+SAVED_US = 500.0
+SAVERS_MIN = 3
 STARVED = 0.25
 """A node whose tasks wait for processors for this part of the time is short of them."""
 UNKNOWN = 0.5
@@ -207,13 +209,17 @@ class Watch:
         )  # fmt: skip
 
     def _saves_stall(self) -> list[Seen]:
-        """A rank whose saves take far longer than the others', again and again."""
+        """A rank whose saves take far longer than those of others that save, again and again. Where one or two save for all, there is nobody to compare them with."""
         if len(self._saves) < 3:
             return []
-        last = np.log(np.maximum(np.array(self._saves[-3:]), 1.0))
+        last = np.array(self._saves[-3:])
+        saves = last.min(axis=0) > SAVED_US
+        if np.count_nonzero(saves) < SAVERS_MIN:
+            return []
+        last = np.log(np.where(saves, last, np.nan))
         over = last - median(last, axis=1)[:, None]
         spread = 1.4826 * float(median(np.abs(over).ravel()))
-        slow = np.flatnonzero(over.min(axis=0) > max(np.log(2.0), 3.0 * spread))
+        slow = np.flatnonzero(saves & (np.nan_to_num(over, nan=-1.0).min(axis=0) > max(np.log(2.0), 3.0 * spread)))
         least, usual = np.exp(last.min(axis=0)), float(np.exp(median(last, axis=1)).min())
         if not len(slow) or len(slow) > self.stragglers.size // 4:
             return []

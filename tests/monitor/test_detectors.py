@@ -360,3 +360,34 @@ def test_a_rank_is_not_probed_again_at_once():
     assert len(ended) == 1
     assert asks.probe(("slow", 3), (3,), (4, 5, 6), 30.0) == []
     assert asks.probe(("slow", 3), (3,), (4, 5, 6), 61.0)
+
+
+# --- saves ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("saves_ms", "named"),
+    [([40, 0, 0, 0, 0, 0], []), ([40, 40, 41, 39, 40, 200], [5]), ([40, 0, 41, 39, 0, 90], [5]), ([40, 40, 41, 39, 40, 42], [])],
+    ids=["one saves for all", "one is slow", "one is slow of those that save", "all alike"],
+)
+def test_a_save_is_compared_with_those_of_others_that_save(saves_ms, named):
+    from ckptd.monitor.hang import Patience
+    from ckptd.monitor.standing import Roll
+    from ckptd.monitor.watch import Watch
+
+    settings = Settings()
+    watch = Watch(6, settings, Roll(6, 1, settings), Patience(settings))
+    factor = noisy(5, 6, 120)
+    seen = []
+    for j in joined(120, 6, lambda r, s: summary(r, s, own=int(80 * MS * factor[s, r]), checkpoint_us=saves_ms[r] * MS * (s % 25 == 0)))[1]:
+        seen += watch.take(j)[1] or []
+    assert {r for x in seen for r in x.finding.ranks if x.finding.kind == "checkpoint-stall"} == set(named)
+
+
+def test_rare_long_batches_do_not_hide_a_slow_rank():
+    """One batch in 48 is a third longer: medians do not mind, and the short window is one of medians."""
+    rng = np.random.default_rng(8)
+    factor = noisy(8, 4, 100) * (1 + 0.33 * (rng.random((101, 4)) < 1 / 48))
+    first, _ = watched(100, 4, lambda r, s: summary(r, s, own=int(80 * MS * factor[s, r]) + 9 * MS * (r == 2 and s > 50)))
+    assert set(first) == {2}
+    assert first[2][0] <= 64
