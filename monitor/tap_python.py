@@ -42,11 +42,13 @@ WORK: Any = Work
 def measure(x: Any) -> tuple[int, int, bool]:
     """(bytes, dtype code, on a device) of a tensor, a list of them, or a list of lists."""
     if isinstance(x, torch.Tensor):
-        return x.nbytes, _DTYPE_CODES.get(x.dtype, _OTHER), x.device.type != "cpu"
+        return x.nbytes, _DTYPE_CODES.get(x.dtype, _OTHER), not x.is_cpu
     if not x:
         return 0, 0, False
-    parts = [measure(t) for t in x]
-    return sum(p[0] for p in parts), parts[0][1], parts[0][2]
+    nbytes, dtype, device = measure(x[0])
+    for i in range(1, len(x)):
+        nbytes += measure(x[i])[0]
+    return nbytes, dtype, device
 
 
 def members_of(pg: Any) -> list[int]:
