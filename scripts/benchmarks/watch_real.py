@@ -14,6 +14,7 @@ the time of the look that found it confirmed otherwise; beginnings are told by t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -156,6 +157,11 @@ def plugged(directory: Path) -> str:
     return f"{site}:{harness.ROOT}"
 
 
+def _with_parent() -> None:
+    """In the child: end when the driver does, however that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 class Ranks:
     """A torchrun whose ranks serve cases, one after the other."""
 
@@ -169,7 +175,7 @@ class Ranks:
             "--rdzv-id", "watch", str(SCRIPT), "--serve", str(directory),
         ]  # fmt: skip
         self.log = (directory / "log").open("wb")
-        self.process = subprocess.Popen(command, env=self.env, stdout=self.log, stderr=self.log, start_new_session=True)
+        self.process = subprocess.Popen(command, env=self.env, stdout=self.log, stderr=self.log, start_new_session=True, preexec_fn=_with_parent)  # noqa: PLW1509
 
     def __enter__(self) -> Self:
         until_s = time.monotonic() + READY_S
@@ -362,7 +368,7 @@ def _costs(
 def _quiet(*, quick: bool) -> Iterator[Case]:
     """Healthy jobs, and one-step spikes."""
     for i, layout in enumerate(("fsdp",) if quick else LAYOUTS):
-        yield Case(name=f"healthy-{layout}", kind="healthy", layout=layout, steps=100 if quick else 150, options=("--seed", str(11 + i), "--uneven", "2"))
+        yield Case(name=f"healthy-{layout}", kind="healthy", layout=layout, steps=100 if quick else 130, options=("--seed", str(11 + i), "--uneven", "2"))
     yield Case(name="spike-ddp", kind="spike", layout="ddp", fault="spike:rank=1,step=40", steps=80)
     if not quick:
         yield Case(name="spike-pp", kind="spike", layout="pp", fault="spike:rank=2,step=40", steps=80)
