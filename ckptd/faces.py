@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import stat
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ class Faces:
         self._outboxes: list[events.Outbox] = []
         self._server: http.Server | None = None
         self._health = health.Sampler()
+        self._gpus: threading.Thread | None = None
         self.last_health: report.Health | None = None
 
     async def start(self, directory: Path) -> None:
@@ -115,16 +117,13 @@ class Faces:
     async def _look_after_health(self) -> None:
         while True:
             with contextlib.suppress(OSError, CkptdError):
-                self.last_health = await self._daemon.in_store_pool(self._sampled)
+                if self._gpus is None or not self._gpus.is_alive():  # a driver that hangs keeps its own thread, and nobody else's
+                    self._gpus = threading.Thread(target=self._health.sample_gpus, args=(time.monotonic(),), name="ckptd-gpus", daemon=True)
+                    self._gpus.start()
+                self.last_health = await self._daemon.in_pool(lambda: self._health.sample(time.monotonic()))
                 if self.last_health is not None:
                     self._daemon.watcher.feels(self.last_health)
             await asyncio.sleep(HEALTH_S)
-
-    def _sampled(self) -> report.Health:
-        """Pool's thread: GPUs may take long to answer."""
-        now_s = time.monotonic()
-        self._health.sample_gpus(now_s)
-        return self._health.sample(now_s)
 
     def _metrics(self, asked: http.Asked) -> http.Answer:
         kind = metrics.content_type(asked.headers.get("accept", ""))
