@@ -53,6 +53,8 @@ class _Death:
     ranks: list[int] = field(default_factory=list)
     victims: list[int] = field(default_factory=list)
     first_s: float = 0.0
+    explained: bool = False
+    """By what they entered: not their own doing."""
 
 
 class Engine:
@@ -189,12 +191,14 @@ class Engine:
             others = sorted(self.roll.infos.keys() - told - {*dead}) if len(self.roll.heard_s) > 1 else []
             out += [self.asks.ask("pulses", others[:256])] if others else []
         (d.ranks if self._now_s - d.first_s <= TOGETHER_S else d.victims).extend(dead)
-        return out + (self._died_of() or self._crashed())
+        told = self._died_of()
+        return out + (told if told or d.explained else self._crashed())
 
     def _died_of(self) -> Out:
         """A mismatch that ranks died of: a backend that was given less or more than it expected ends its process, which is not to blame."""
         standing = self.roll.standing(self._now_s, self._step)
         odd = [f for f in hang.mismatches(standing, hang.rows_by_group(standing.pulses)) if f.strength == 1.0]
+        self._death.explained |= bool(odd)
         return self._conclude("died of", [Seen(_hang_key(f), f, stuck=True, certain=True) for f in odd]) if odd else []
 
     def _crashed(self) -> Out:

@@ -263,8 +263,10 @@ def test_a_mismatch_that_others_die_of_is_still_named():
     assert [(t, v.kind, v.ranks) for t, v in verdicts] == [(1.0, "crash", (0,)), (1.0, "desync", (3,))], "the other node's ranks are heard of later"
     assert any(a.what == "pulses" for a in asks)
     report = Report(0, 1, ranks=list(engine.roll.infos.values()), pulses=at(1))
-    at_once = [c.verdict for c in Engine("job", 1, 4, 1).receive(report, 1.0, 1e9) if isinstance(c, Concluded)]
-    assert [(v.kind, v.ranks) for v in at_once] == [("desync", (3,))], "on one node it is known at once"
+    alone = Engine("job", 1, 4, 1)
+    told = alone.receive(report, 1.0, 1e9)
+    told += alone.receive(Report(0, 2, pulses=[pulse(r, [], state="raised", idle_ms=100) for r in (1, 2, 3)]), 1.2, 1e9)
+    assert [(c.verdict.kind, c.verdict.ranks) for c in told if isinstance(c, Concluded)] == [("desync", (3,))], "on one node it is known at once, and stays so"
 
 
 def test_who_waits_in_what_the_others_have_left_entered_something_else():
