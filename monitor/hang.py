@@ -398,7 +398,7 @@ def _all_entered(standing: Standing, rows: Mapping[int, Mapping[int, OpenOp]]) -
     """Nobody is missing anywhere, and yet some operation is not done."""
     for key, by_rank in rows.items():
         stuck = sorted(r for r, row in by_rank.items() if row.entered > row.done)
-        if len(stuck) < 2 or any(m in standing.stale for m in standing.members.get(key, ())):
+        if len(stuck) < 2 or not all(_known(standing, m) for m in standing.members.get(key, ())):
             continue
         row = by_rank[stuck[0]]
         stopped = [r for r in stuck if standing.pulses[r].state in STOPPED | GONE | {"D"}]
@@ -493,7 +493,7 @@ class Patience:
         usual = max(s.hang_s, s.hang_factor * self.pause_s())
         if pulse.phases & LONG or (pulse.phases & 1 << record.DATA and self._longest_s.get(record.DATA, 0.0) > s.hang_s):
             own = max((self._longest_s.get(k, 0.0) for k in PHASES if pulse.phases >> k & 1), default=0.0)
-            usual = max(usual, s.hang_factor * own if own else s.phase_s)
+            usual = max(usual, s.hang_factor * own if own > s.hang_s else s.phase_s)  # what takes milliseconds in every step says nothing of a save
         patient = busy or pulse.state in WILL_RUN
         return max(usual, s.busy_s, s.hang_factor * self.pause_s(0.001)) if patient else usual
 

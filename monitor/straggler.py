@@ -47,6 +47,8 @@ ROLE_MIN = 3
 CLIP = 0.15
 OF_MEDIAN = 1.57
 """The variance of a median, as a multiple of a mean's (of normal values)."""
+NOISIER = 9.0
+"""No rank's variance counts as more than so many times what is usual among all: else a fault could hide in what it adds to it."""
 RUN = 4
 """Steps in a row that make an episode; EPISODES of them, of one rank, make it intermittent."""
 EPISODES = 3
@@ -254,7 +256,8 @@ class Stragglers:
         rows = self._clipped(10)
         means = rows.mean(axis=1)
         self.blocks += 1
-        usual = np.abs(means) < 4.0 * np.sqrt(np.maximum(self.block_var, self.step_var / 10.0)) + 1e-9
+        far = 4.0 if self.blocks <= 6 else 2.5  # later, what a rank does more and more often is not its noise
+        usual = np.abs(means) < far * np.sqrt(np.maximum(self.block_var, self.step_var / 10.0)) + 1e-9
         weight = np.where(self.flagged | ~usual, 0.02 * usual, 1.0 / min(self.blocks + 2.0, 50.0))
         self.block_var += weight * (means**2 - self.block_var)
         self.step_var += weight * (rows.var(axis=1) - self.step_var)
@@ -290,6 +293,7 @@ class Stragglers:
     def standard_error(self, n: int) -> Array:
         """Of the mean of n steps against the baseline, as part of a step; by series and rank."""
         var = np.maximum(self.step_var, 10.0 * self.block_var)
+        var = np.minimum(var, NOISIER * median(var, axis=1)[:, None])
         mean = np.maximum(var / n, self.wide_var[:, None] if n >= 40 else 0.0)
         past = np.maximum(self.base_n, 1.0)
         return np.asarray(np.sqrt(mean + np.maximum(var / past, self.wide_var[:, None] * np.minimum(1.0, 80.0 / past))))

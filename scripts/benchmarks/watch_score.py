@@ -73,6 +73,7 @@ class Row:
     false_evicts: int
     said: str
     undecided: bool = False
+    class_seconds: float = float("nan")
 
 
 def score(case: Case, told: Sequence[Told]) -> Row:
@@ -96,6 +97,7 @@ def score(case: Case, told: Sequence[Told]) -> Row:
         class_steps=in_class.step - case.onset_step if in_class else float("nan"),
         false_reports=len({x.verdict.id for x in wrong}), false_evicts=len({x.verdict.id for x in wrong if x.verdict.grade == "evict"}),
         said="; ".join(dict.fromkeys(f"{x.verdict.kind} {_few(x.verdict.ranks)}@{x.step}" for x in told if x.verdict.state != "cleared"))[:240],
+        class_seconds=in_class.t_s - case.onset_s if in_class else float("nan"),
         undecided=any(x.verdict.kind == "undecided" for x in told),
     )  # fmt: skip
 
@@ -204,7 +206,7 @@ def aims(rows: Sequence[Row]) -> list[Aim]:
         out.append(Aim("slow by 3 to 10 %: right rank of those named", part(r.right_rank for r in mild if r.named), ">=", 0.98))
     if comm := of("comm"):
         out.append(Aim("slow transfers: class, steps, p90", quantile((r.class_steps if r.class_steps == r.class_steps else 1e9 for r in comm), 0.9), "<=", 20.0))
-        late = [r.seconds - r.class_steps * r.case.step_s if r.named else 1e9 for r in comm]
+        late = [r.seconds - r.class_seconds if r.named else 1e9 for r in comm]
         out.append(Aim("slow transfers: side or link, seconds after the class, p90", quantile(late, 0.9), "<=", 10.0, " s"))
         out.append(Aim("slow transfers: right side or link", part(r.right_rank and r.right_cause for r in comm), ">=", 0.95))
     if other := of("other"):

@@ -273,3 +273,22 @@ def test_who_waits_in_what_the_others_have_left_entered_something_else():
     pulses = [pulse(r, [row(WORLD, 46, 45)]) for r in (1, 2, 3)] + [pulse(0, [row(WORLD, 45, 44)])]
     found = only(look(pulses, {WORLD: range(4)}))
     assert (found.kind, found.ranks) == ("desync", (0,))
+
+
+def test_small_saves_in_every_step_say_nothing_of_a_large_one():
+    def at(t):
+        return hung(t, phases=1 << record.CHECKPOINT)
+
+    engine, verdicts, _ = engine_of(at)
+    engine.patience.phase(record.CHECKPOINT, 0.005)
+    assert verdicts == []
+    stuck = hung(20.0, phases=1 << record.CHECKPOINT)[3]
+    assert engine.patience.budget_s(stuck, busy=False) == engine.settings.phase_s
+    engine.patience.phase(record.CHECKPOINT, 10.0)
+    assert engine.patience.budget_s(stuck, busy=False) == 10.0 * engine.settings.hang_factor
+
+
+def test_who_has_not_told_its_table_may_be_missing():
+    """A node fell silent before its pulses brought groups: nobody may say that all have entered."""
+    pulses = [*(pulse(r, [row(WORLD, 45, 44)]) for r in range(3)), pulse(3, [], idle_ms=0)]
+    assert look(pulses, {WORLD: range(4)}) == []
