@@ -34,7 +34,7 @@ from ckptd.errors import BadArgument, CkptdError
 from ckptd.monitor import record, recorded, report
 from ckptd.monitor.engine import Ask, Concluded, Engine, Past
 from ckptd.monitor.engine import Settings as EngineSettings
-from ckptd.monitor.ring import Ring
+from ckptd.monitor.ring import Group, Ring
 from ckptd.monitor.steps import Done, Summarizer, join_node
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class Rank:
     moved_s: float = 0.0
     pulsed_s: float = 0.0
     drained_s: float = 0.0
+    groups: list[Group] = field(default_factory=list)
     told_groups: int = -1
     done: deque[Done] = field(default_factory=lambda: deque(maxlen=256))
     gone: bool = False
@@ -206,7 +207,8 @@ class Watcher:
         r.gone = True
         now_s = time.monotonic()
         others = [self._pulse(o, now_s, full=True) for o in job.ranks.values() if o is not r]  # where they stood may be why it died
-        self._send(job, steps=self._drain(job, r), pulses=[self._pulse(r, now_s), *others], urgent=True)
+        self._drain(r)
+        self._send(job, steps=self._joined(job), pulses=[self._pulse(r, now_s), *others], urgent=True)
 
     def _forget_old(self, now_s: float) -> None:
         """Jobs that ended without a word: their verdicts are shown for a while."""
@@ -229,7 +231,6 @@ class Watcher:
     # --- looking ------------------------------------------------------------------------------------------------------------
 
     def _look(self, job: Job, now_s: float) -> None:
-        steps: list[report.StepSummary] = []
         pulses: list[report.Pulse] = []
         infos: list[report.RankInfo] = []
         for r in job.ranks.values():
@@ -238,14 +239,14 @@ class Watcher:
             if now_s - r.drained_s >= DRAIN_S:
                 r.drained_s = now_s
                 self._sample(r)
-                steps += self._drain(job, r)
-            pulse = self._pulse(r, now_s)
-            if pulse.idle_ms >= IDLE_MS or now_s - r.pulsed_s >= PULSE_S:
+                self._drain(r)
+            if self._idle_ms(r, now_s) >= IDLE_MS or now_s - r.pulsed_s >= PULSE_S:
                 r.pulsed_s = now_s
-                pulses.append(pulse)
+                pulses.append(self._pulse(r, now_s))
             if (known := r.ring.word("groups")) != r.told_groups:
                 r.told_groups = known
                 infos.append(self._info(job, r))
+        steps = self._joined(job)
         feels, job.health = job.health, None
         if steps or pulses or infos or job.probed or job.stacks or feels:
             self._send(job, ranks=infos, steps=steps, pulses=pulses, health=feels)
@@ -255,13 +256,14 @@ class Watcher:
                 job.recorder.write(now_s, wall_s)
             self._conclude(job, job.engine.tick(now_s, wall_s))
 
-    def _drain(self, job: Job, r: Rank) -> list[report.StepSummary]:
-        """New steps of a rank, and of the node's others that waited for it."""
+    @staticmethod
+    def _drain(r: Rank) -> None:
+        """New steps of a rank."""
         window = r.ring.read(r.steps.begin)
         if len(window.records) or window.lost:
-            groups = r.ring.groups()
-            r.done.extend(r.steps.feed(window.first, window.records, window.lost, groups, r.ring.capacity))
-        return self._joined(job)
+            if len(r.groups) != min(r.ring.word("groups"), record.GROUPS_MAX):
+                r.groups = r.ring.groups()  # whose key and size do not change
+            r.done.extend(r.steps.feed(window.first, window.records, window.lost, r.groups, r.ring.capacity))
 
     def _joined(self, job: Job) -> list[report.StepSummary]:
         """Steps that all ranks of this node have ended, or that waited long enough for them."""
@@ -288,13 +290,18 @@ class Watcher:
             text = Path(f"/proc/{r.pid}/task/{thread}/schedstat").read_bytes().split()
             r.steps.samples.add(time.monotonic_ns(), int(text[0]), int(text[1]))
 
-    def _pulse(self, r: Rank, now_s: float, *, full: bool = False) -> report.Pulse:
-        ring = r.ring
-        table = ring.groups_table
-        head = (ring.word("head"), int(table["done"].sum()), int(table["p2p_done"].sum()))
+    @staticmethod
+    def _idle_ms(r: Rank, now_s: float) -> int:
+        """Since its ring moved: a record, or the end of an operation."""
+        table = r.ring.groups_table[: r.ring.word("groups")]
+        head = (r.ring.word("head"), int(table["done"].sum()), int(table["p2p_done"].sum()))
         if head != r.head:
             r.head, r.moved_s = head, now_s
-        idle_ms = int((now_s - r.moved_s) * 1000)
+        return int((now_s - r.moved_s) * 1000)
+
+    def _pulse(self, r: Rank, now_s: float, *, full: bool = False) -> report.Pulse:
+        ring = r.ring
+        idle_ms = self._idle_ms(r, now_s)
         state, where = "R", ""
         if ring.word("done") == record.GOOD or (r.gone and r.ending):
             state = "closed"
@@ -308,7 +315,7 @@ class Watcher:
         now_ns = time.monotonic_ns()
         cpu = r.steps.samples.cpu_ns
         return report.Pulse(
-            rank=r.rank, idle_ms=idle_ms, step=ring.word("step"), records=head[0], state=state, where=where, phases=phases,
+            rank=r.rank, idle_ms=idle_ms, step=ring.word("step"), records=ring.word("head"), state=state, where=where, phases=phases,
             phase_ms=max(0, now_ns - ring.word("phase_ns")) // 1_000_000 if phases else 0, cpu_ms=cpu[-1] // 1_000_000 if cpu else 0,
             groups=_open_ops(ring, now_ns) if idle_ms >= IDLE_MS or full or state in {"dead", "raised", "closed"} else [],
         )  # fmt: skip
