@@ -37,7 +37,8 @@ EVERY_STEPS = 2
 NODE_MIN = 3
 """So many ranks of one node, slow for one reason, are the node's verdict."""
 SAVES_KEPT = 4
-SAVED_US = 500.0
+SAVED = 0.03
+"""A rank saves if it takes it so much of a step more than what it does in every step."""
 SAVERS_MIN = 3
 STARVED = 0.25
 """A node whose tasks wait for processors for this part of the time is short of them."""
@@ -120,7 +121,7 @@ class Watch:
         saving = np.nan_to_num(v[join.CHECKPOINT]) - self._saving
         saves = bool(np.any(saving > SAVING * wall)) and self.stragglers.count > 0
         if saves and not self._after_phase:
-            self._saves = [*self._saves, np.nan_to_num(v[join.CHECKPOINT])][-SAVES_KEPT:]
+            self._saves = [*self._saves, saving][-SAVES_KEPT:]
         else:
             self._saving += (np.nan_to_num(v[join.CHECKPOINT]) - self._saving) / min(self.steps_seen, 20)
         phase = saves or bool(np.any(busy > PHASE * wall))
@@ -213,7 +214,7 @@ class Watch:
         if len(self._saves) < 3:
             return []
         last = np.array(self._saves[-3:])
-        saves = last.min(axis=0) > SAVED_US
+        saves = last.min(axis=0) > SAVED * max(self.stragglers.wall_us, 1.0)
         if np.count_nonzero(saves) < SAVERS_MIN:
             return []
         last = np.log(np.where(saves, last, np.nan))

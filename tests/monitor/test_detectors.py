@@ -370,7 +370,8 @@ def test_a_rank_is_not_probed_again_at_once():
     [([40, 0, 0, 0, 0, 0], []), ([40, 40, 41, 39, 40, 200], [5]), ([40, 0, 41, 39, 0, 90], [5]), ([40, 40, 41, 39, 40, 42], [])],
     ids=["one saves for all", "one is slow", "one is slow of those that save", "all alike"],
 )
-def test_a_save_is_compared_with_those_of_others_that_save(saves_ms, named):
+@pytest.mark.parametrize("each_ms", [0, 4], ids=["", "and a snapshot in every step"])
+def test_a_save_is_compared_with_those_of_others_that_save(saves_ms, named, each_ms):
     from ckptd.monitor.hang import Patience
     from ckptd.monitor.standing import Roll
     from ckptd.monitor.watch import Watch
@@ -379,7 +380,7 @@ def test_a_save_is_compared_with_those_of_others_that_save(saves_ms, named):
     watch = Watch(6, settings, Roll(6, 1, settings), Patience(settings))
     factor = noisy(5, 6, 120)
     seen = []
-    for j in joined(120, 6, lambda r, s: summary(r, s, own=int(80 * MS * factor[s, r]), checkpoint_us=saves_ms[r] * MS * (s % 25 == 0)))[1]:
+    for j in joined(120, 6, lambda r, s: summary(r, s, own=int(80 * MS * factor[s, r]), checkpoint_us=each_ms * MS + saves_ms[r] * MS * (s % 25 == 0)))[1]:
         seen += watch.take(j)[1] or []
     assert {r for x in seen for r in x.finding.ranks if x.finding.kind == "checkpoint-stall"} == set(named)
 
