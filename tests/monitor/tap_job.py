@@ -135,7 +135,7 @@ def raised(group) -> list:
         try:
             wrong()
         except Exception as e:
-            found.append([type(e).__module__, type(e).__name__, str(e).split("\n")[0][-60:]])
+            found.append([type(e).__module__, type(e).__name__, str(e).split("\n")[0].split("object at")[0][-60:]])
     return found
 
 

@@ -143,8 +143,8 @@ def test_the_layers_write_the_same(seen, layer):
             mine = [[r[n] for n in names] for r in records if not r["mark"]]
             other = [[r[n] for n in names] for r in said[layer]["cases"][case] if not r["mark"]]
             assert mine == other, case
-        keys = [(g["key"], g["history"]) for g in said["native"]["groups"]]
-        assert keys == [(g["key"], g["history"]) for g in said[layer]["groups"]]
+        used = [[(g["key"], g["history"]) for g in said[n]["groups"] if g["entered"]] for n in ("native", layer)]  # each layer had a pair of its own for what fails
+        assert used[0] == used[1]
 
 
 def test_errors_come_through_as_they_are(seen):
