@@ -191,8 +191,8 @@ class Engine:
             others = sorted(self.roll.infos.keys() - told - {*dead}) if len(self.roll.heard_s) > 1 else []
             out += [self.asks.ask("pulses", others[:256])] if others else []
         (d.ranks if self._now_s - d.first_s <= TOGETHER_S else d.victims).extend(dead)
-        told = self._died_of()
-        return out + (told if told or d.explained else self._crashed())
+        explained = self._died_of()
+        return out + (explained if explained or d.explained else self._crashed())
 
     def _died_of(self) -> Out:
         """A mismatch that ranks died of: a backend that was given less or more than it expected ends its process, which is not to blame."""
