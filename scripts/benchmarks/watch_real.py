@@ -315,9 +315,9 @@ def cases(*, quick: bool) -> list[Case]:
 def _standing(*, quick: bool) -> Iterator[Case]:
     """Jobs that do not go on by themselves."""
     plan = (
-        ("sigstop", LAYOUTS, ("ddp",), ("stopped",), "", ""),
+        ("sigstop", ("ddp", "fsdp", "pp"), ("ddp",), ("stopped",), "", ""),
         ("stuck", LAYOUTS, ("fsdp",), ("hang",), "", "before an operation"),
-        ("stuck", ("pp", "fsdp", "pp_dp"), ("pp",), ("hang",), ",place=forward", "in forward"),
+        ("stuck", ("pp", "fsdp"), ("pp",), ("hang",), ",place=forward", "in forward"),
         ("sigkill", ("ddp", "tp_fsdp", "pp_dp"), ("ddp",), ("crash",), "", ""),
         ("skip", ("ddp", "tp_fsdp", "fsdp", "pp"), ("tp_fsdp",), ("desync", "deadlock"), "", ""),
         ("desync", ("ddp",), ("ddp",), ("desync",), ",what=op", "operation"),
@@ -338,7 +338,7 @@ def _slow(*, quick: bool) -> Iterator[Case]:
     """Jobs that go on, slower. Onsets come late enough for a baseline."""
     for i, layout in enumerate(("ddp", "fsdp") if quick else LAYOUTS):
         for j, (percent, place) in enumerate(((10, "all"), (20, "backward"), (50, "forward"))):
-            if not quick or percent == 20:
+            if percent == 20 if quick else percent == 10 or (i + j) % 2:  # ten percent everywhere, the others in turn
                 yield _costs("slow", layout, i + j, SLOW, f",percent={percent},place={place}", severity=f"{percent}%", group="slow")
     if not quick:
         yield _costs("slow", "ddp", 3, SLOW, ",percent=5", severity="5%", limit_steps=100, group="mild")
