@@ -7,6 +7,7 @@ mend; "warning": it works, slower or not in every case; "problem": something of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import importlib.metadata
 import mmap
@@ -21,7 +22,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ TRIAL_BYTES = 64 << 20
 STORE_BYTES_PER_S_MIN = 100e6
 STORE_FREE_MIN = 0.05
 VOLATILE = {"tmpfs", "ramfs"}
-HANDLERS, HANDLER = "torchrun.handlers", "ckptd"
+HANDLERS, HANDLER, BACKENDS = "torchrun.handlers", "ckptd", "torch.backends"
 SHARE_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 DEVICES = ("/dev/nvidia0", "/dev/kfd", "/dev/infiniband")
 INSTALL = f"install ckptd again with this Python: {sys.executable} -m pip install 'ckptd[torch]'"
@@ -513,6 +514,38 @@ def judge_entry(found: Sequence[str], places: Sequence[str], *, fresh: bool = Fa
     return Finding(WARNING, f"no entry point {HANDLER!r} of {HANDLERS}{lost}", INSTALL)
 
 
+# --- watching ---------------------------------------------------------------------------------------------------------------
+
+
+def _tap(_: argparse.Namespace) -> Finding:
+    if _installed("torch") is None:
+        return Finding(INFO, "there is no torch here: nothing to watch")
+    from ckptd.monitor import tap_build
+
+    found = [e.value for e in importlib.metadata.entry_points(group=BACKENDS) if e.name == HANDLER]
+    compiler = ""
+    with contextlib.suppress(tap_build.NotBuilt):
+        compiler = tap_build.compiler_command()[0]
+    native = tap_build.built()
+    env = {name: os.environ[name] for name in ("CKPTD_DISABLE", "CKPTD_TAP", "TORCH_DEVICE_BACKEND_AUTOLOAD") if name in os.environ}
+    return judge_tap(found, "" if native is None else str(native), compiler, env)
+
+
+def judge_tap(found: Sequence[str], native: str, compiler: str, env: Mapping[str, str]) -> Finding:
+    """How ranks will be watched. `found`: the entry points by which torch loads the tap; `native`: its C++, built for the torch that is here; `env`: what turns it off."""
+    if env.get("CKPTD_DISABLE") == "1" or env.get("CKPTD_TAP") == "0" or env.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        said = ", ".join(f"{k}={v}" for k, v in env.items())
+        return Finding(INFO, f"ranks are not watched, unless they attach a session: {said}", "unset it to have them watched")
+    if not found:
+        return Finding(WARNING, f"no entry point {HANDLER!r} of {BACKENDS}: only ranks that attach a session are watched", INSTALL)
+    if native:
+        return Finding(OK, f"collectives are recorded in C++ (layer native): {native}")
+    build = f"{sys.executable} -m ckptd.monitor.tap_build"
+    if compiler:
+        return Finding(INFO, "collectives are recorded in Python, at some ten times the cost (layer python); the first job here builds the C++", f"build it now: {build}")
+    return Finding(WARNING, "collectives are recorded in Python, at some ten times the cost (layer python): there is no C++ compiler", f"install one, then: {build}")
+
+
 def _rendezvous(_: argparse.Namespace) -> Finding:
     return judge_rendezvous(os.environ.get(SHARE_STORE, ""))
 
@@ -611,5 +644,5 @@ def judge_store(root: str, *, existing: bool, kind: str, free: tuple[int, int], 
 CHECKS: dict[str, Callable[[argparse.Namespace], Finding]] = {
     "python": _python, "packages": _packages, "torch": _torch, "entry point": _entry, "parity": _parity, "kernel": _kernel, "memlock": _memlock,
     "open files": _files, "memory": _memory, "memfd": _memfd, "sockets": _sockets, "loopback": _loopback, "clock": _clock, "directory": _directory,
-    "daemon": _daemon, "torchrun": _rendezvous, "store": _store,
+    "daemon": _daemon, "tap": _tap, "torchrun": _rendezvous, "store": _store,
 }  # fmt: skip

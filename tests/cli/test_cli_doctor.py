@@ -531,3 +531,27 @@ def test_file_systems(tmp_path):
     mounts.write_text("/dev/a / ext4 rw 0 0\nx /mnt/a\\040b nfs4 rw 0 0\ntmpfs /mnt tmpfs rw 0 0\n")
     assert [doctor.file_system_of(Path(p), mounts) for p in ("/home/x", "/mnt/a b/c", "/mnt/other", "/mnt2")] == ["ext4", "nfs4", "tmpfs", "ext4"]
     assert doctor.file_system_of(Path("/"), tmp_path / "absent") == ""
+
+
+# --- watching ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "native", "compiler", "env", "level", "says"),
+    [
+        (["ckptd.autoload:register"], "/c/ckptd_tap.so", "g++", {}, OK, "native"),
+        (["ckptd.autoload:register"], "", "g++", {}, INFO, "python"),
+        (["ckptd.autoload:register"], "", "", {}, WARNING, "compiler"),
+        ([], "/c/ckptd_tap.so", "g++", {}, WARNING, "entry point"),
+        (["ckptd.autoload:register"], "/c/ckptd_tap.so", "g++", {"CKPTD_DISABLE": "1"}, INFO, "CKPTD_DISABLE=1"),
+        (["ckptd.autoload:register"], "/c/ckptd_tap.so", "g++", {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, INFO, "AUTOLOAD=0"),
+    ],
+)
+def test_how_ranks_will_be_watched(found, native, compiler, env, level, says):
+    finding = doctor.judge_tap(found, native, compiler, env)
+    assert finding.level == level and says in finding.text
+    assert bool(finding.remedy) == (level != OK)
+
+
+def test_the_tap_of_this_machine():
+    assert checked("tap").level in {OK, INFO, WARNING}
