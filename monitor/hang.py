@@ -216,7 +216,7 @@ def _desync(
 ) -> Finding:
     key, level, signal = where
     by_rank = rows[key]
-    odd = odd_ones(values) or _odd_of_job(values, rows)
+    odd = odd_ones(values) or _odd_of_job(values, rows, key)
     usual = next((by_rank[r] for r in ranks if r not in odd), by_rank[ranks[0]])
     what = tuple(
         Evidence(signal=f"rank {r} entered", value=_words(by_rank[r])) for r in (*odd[:4], *[r for r in ranks if r not in odd][:1])
@@ -238,13 +238,22 @@ def odd_ones(values: Mapping[int, int]) -> list[int]:
     return sorted(r for r, v in values.items() if v != counts[0][0])
 
 
-def _odd_of_job(values: Mapping[int, int], rows: Mapping[int, Mapping[int, OpenOp]]) -> list[int]:
-    """The same in a group without a majority: what the rest of the job entered in its groups says what is usual."""
-    elsewhere = Counter(row.signature for by in rows.values() for r, row in by.items() if r not in values and row.entered)
-    usual = max(values.values(), key=lambda v: elsewhere[v])
-    if sum(elsewhere[v] == elsewhere[usual] for v in set(values.values())) > 1:
-        return []
-    return sorted(r for r, v in values.items() if v != usual)
+def _odd_of_job(values: Mapping[int, int], rows: Mapping[int, Mapping[int, OpenOp]], key: int) -> list[int]:
+    """The same in a group without a majority: what groups of its size entered at this place of theirs says what is usual; else the kinds of operations of the job do.
+
+    (What they entered elsewhere does not: who left an operation out stands in one that the others will come to.)
+    """
+    by_rank = rows[key]
+    level, size = next(by_rank[r].entered for r in values), len(by_rank)
+    alike = [row for k, by in rows.items() if k != key and len(by) == size for row in by.values() if row.entered == level]
+    ops = Counter(row.op for k, by in rows.items() if k != key for row in by.values() if row.entered)
+    signatures = Counter(row.signature for row in alike)
+    for weight in ({r: signatures[by_rank[r].signature] for r in values}, {r: ops[by_rank[r].op] for r in values}):
+        most = max(weight.values())
+        odd = sorted(r for r, w in weight.items() if w < most)
+        if odd:
+            return odd
+    return []
 
 
 def _words(row: OpenOp) -> str:

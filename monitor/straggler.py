@@ -47,6 +47,8 @@ ROLE_MIN = 3
 CLIP = 0.15
 OF_MEDIAN = 1.57
 """The variance of a median, as a multiple of a mean's (of normal values)."""
+AGAIN = 14
+"""What a long window shows is believed if it still shows it with so many new steps in it."""
 NOISIER = 9.0
 """No rank's variance counts as more than so many times what is usual among all: else a fault could hide in what it adds to it."""
 RUN = 4
@@ -94,6 +96,7 @@ class Stragglers:
         self.wall_us = 0.0
         self.device = False
         self.flagged = np.zeros(r, bool)
+        self.found_at = np.zeros(r, np.int64)
         self.level = np.zeros(r)
         """What a rank that was found cost then, as part of a step."""
         self.since = np.zeros(r, np.int64)
@@ -315,7 +318,9 @@ class Stragglers:
         self.flagged = found | holds
         if not np.any(self.flagged):
             return []
-        return [self._late(int(r), int(window[r]), half=not found[r], fresh=bool(fresh[r])) for r in np.flatnonzero(self.flagged)]
+        self.found_at = np.where(fresh, n, self.found_at)
+        early = (window > WINDOWS[0]) & (n - self.found_at < AGAIN)
+        return [self._late(int(r), int(window[r]), half=bool(~found[r] | early[r]), fresh=bool(fresh[r])) for r in np.flatnonzero(self.flagged)]
 
     def _levels(self, n: int) -> tuple[Array, Array]:
         """(largest ratio to its threshold over the windows, which window) of each rank."""
@@ -333,7 +338,8 @@ class Stragglers:
                 break
             mean = self._mean(w)
             spread = 1.4826 * median(np.abs(mean - median(mean, axis=1)[:, None]), axis=1)[:, None] if self.size >= 8 else 0.0
-            limit = np.maximum(np.maximum(s.slow_long, s.sigma_long * self.standard_error(w)), 5.0 * spread)
+            strict = 1.15 if w == WINDOWS[1] else 1.0  # the shortest of them is looked at most often, in proportion to its length
+            limit = strict * np.maximum(np.maximum(s.slow_long, s.sigma_long * self.standard_error(w)), 5.0 * spread)
             enough = self.good[np.arange(n - w, n) % KEPT].sum(axis=0) >= 0.8 * w
             ratio = np.where(enough, (mean / limit).max(axis=0), 0.0)
             window = np.where(ratio > best, w, window)

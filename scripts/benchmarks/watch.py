@@ -1,7 +1,7 @@
 """Watching: who is slow, who hangs, and why; labelled faults on simulated and on real jobs.
 
 - simulated jobs (`--sim`): up to 4,096 ranks; kinds x severities x layouts x seeds through the engine that the daemon runs, in simulated time; hours without a fault
-  (`--hours`) count false alarms. Seeds that thresholds were tuned with are 1 to 1999; scored are 2000 and up (`--seeds FIRST:COUNT`).
+  (`--hours`) count false alarms. Seeds that thresholds were tuned with are 1 to 2999; scored are 3000 and up (`--seeds FIRST:COUNT`).
 - real jobs (`--real`) under torchrun, and what watching costs them (`--overhead`).
 
 Without a choice: simulated jobs, and real ones where they are there.
@@ -27,7 +27,7 @@ from ckptd.monitor import record
 from ckptd.monitor.engine import Ask, Concluded, Engine, Settings
 from ckptd.monitor.report import Pulse, Report
 
-FIRST_SEED = 2000
+FIRST_SEED = 3000
 SETTINGS = Settings(policy="evict")
 """Policy changes nothing of what is seen; the one that may do most shows what would be done."""
 BUSY_NOISE = Noise(
@@ -87,7 +87,7 @@ def simulated(bench: Bench, a: argparse.Namespace) -> None:
     """All simulated cases."""
     first, _, count = a.seeds.partition(":")
     seeds = range(int(first or FIRST_SEED), int(first or FIRST_SEED) + int(count or 1))
-    bench.notes.append(f"scored seeds {seeds.start} to {seeds.stop - 1}; thresholds were tuned with seeds 1 to 1999")
+    bench.notes.append(f"scored seeds {seeds.start} to {seeds.stop - 1}; thresholds were tuned with seeds 1 to 2999")
     hours = a.hours if a.hours is not None else bench.pick(24.0, 0.5)
     rows: list[Row] = []
     cost = {"engine_s": 0.0, "rank_steps": 0.0}
