@@ -31,6 +31,8 @@ PHASE = 0.02
 """Evaluating or compiling for more than this part of a step makes it a phase."""
 SAVING = 0.10
 """Saving for this much longer than usual makes it one."""
+APART_US = 20_000
+"""Of shorter steps every so-manieth is looked at, but for what is certain at once."""
 EVERY_S = 0.1
 """Windows are looked at no more often."""
 EVERY_STEPS = 2
@@ -77,9 +79,11 @@ class Watch:
         """(what is certain at once, what the windows show, None if they were not looked at)."""
         self.step = j.step
         self.steps_seen += 1
+        now = self._at_once(j)
+        if self.stragglers.wall_us and j.step % max(1, int(APART_US / self.stragglers.wall_us)):
+            return now, None  # steps of a millisecond: one of some says as much of speed, and a daemon has other work
         self.values = np.where(np.isnan(j.values), self.values, j.values)
         self._pauses(j)
-        now = self._at_once(j)
         if self.steps_seen <= self.settings.warmup_steps or self._phase(j):
             return now, None
         if self._known_groups != len(self.roll.members):
