@@ -36,7 +36,7 @@ class Settings:
     """... and in the long windows (20 to 80 steps)."""
     sigma_short: float = 5.0
     """Standard errors of the short window's mean above its peers."""
-    sigma_long: float = 5.0
+    sigma_long: float = 4.5
     """... and of the long windows': they are looked at more often than they are new."""
     comm_slow: float = 0.05
     """What slower transfers may cost."""

@@ -7,7 +7,7 @@ with what the whole job did meanwhile. On a device the host's times say little: 
 filled with (the others' time in collectives) - (its own).
 
 A rank is found if it exceeds its peers in 8 of the last 10 steps and their median is over max(5 % of a step, 5 standard errors); or if the mean of the last 20, 40 or 80
-steps is over max(2 %, 5 standard errors) above its own past. Standard errors are learned from blocks of 10 steps, so that noise with a memory counts as what it
+steps is over max(2 %, 4.5 standard errors) above its own past. Standard errors are learned from blocks of 10 steps, so that noise with a memory counts as what it
 is; single spikes are clipped. What was so from the start is the job's own unevenness: it is the baseline, and only a probe can call it a fault.
 
 The baseline is the mean of what lies behind: the first half of what was seen, later everything older than 100 steps, never steps in which the rank was suspected.
@@ -339,7 +339,7 @@ class Stragglers:
             mean = self._mean(w)
             spread = 1.4826 * median(np.abs(mean - median(mean, axis=1)[:, None]), axis=1)[:, None] if self.size >= 8 else 0.0
             strict = 1.15 if w == WINDOWS[1] else 1.0  # the shortest of them is looked at most often, in proportion to its length
-            limit = strict * np.maximum(np.maximum(s.slow_long, s.sigma_long * self.standard_error(w)), 5.0 * spread)
+            limit = strict * np.maximum(np.maximum(s.slow_long, s.sigma_long * self.standard_error(w)), 4.5 * spread)
             enough = self.good[np.arange(n - w, n) % KEPT].sum(axis=0) >= 0.8 * w
             ratio = np.where(enough, (mean / limit).max(axis=0), 0.0)
             window = np.where(ratio > best, w, window)
