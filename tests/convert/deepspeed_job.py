@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -386,6 +387,17 @@ def _rank_or_tool(rank: int, world: int, port: int, tasks: list[dict]) -> list[d
 
 
 def _world(world: int, tasks: list[dict]) -> list[dict]:
+    """The answers of rank 0. A port that somebody else took between its choice and its use is chosen again."""
+    try:
+        return _ranks(world, tasks)
+    except RuntimeError as e:
+        if "EADDRINUSE" not in str(e) and "already in use" not in str(e):
+            raise
+        print("the port was taken:", e, file=sys.stderr)
+        return _ranks(world, tasks)
+
+
+def _ranks(world: int, tasks: list[dict]) -> list[dict]:
     import socket
 
     with socket.socket() as s:
@@ -413,6 +425,9 @@ def _world(world: int, tasks: list[dict]) -> list[dict]:
             text = f.read()
         os.waitpid(pid, 0)
         answers.append(json.loads(text) if text else {"error": "a rank died without a word"})
+        if "error" in answers[-1]:  # the others would wait for it
+            for other, _ in children[len(answers) :]:
+                os.kill(other, signal.SIGKILL)
     errors = [f"rank {r}: {a['error']}" for r, a in enumerate(answers) if "error" in a]
     if errors:
         raise RuntimeError("\n".join(errors))
