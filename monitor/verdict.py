@@ -29,7 +29,7 @@ Key = tuple[str | int, ...]
 
 FATAL = frozenset({"hang", "desync", "deadlock", "comm-hang", "crash", "stopped", "io-blocked"})
 """The job does not go on by itself."""
-HARDWARE = frozenset({"compute-slow", "drift", "send-slow", "receive-slow"})
+HARDWARE = frozenset({"compute-slow", "cpu-contention", "drift", "send-slow", "receive-slow"})
 """What another machine would not have."""
 CERTAIN = frozenset({"crash", "desync", "nan", "divergence"})
 """Seen once is enough."""
