@@ -908,8 +908,7 @@ class Daemon:
             "errors": self.error_count,
             "last_errors": [*self.errors][-5:],
             "jobs": {name: self._job_status(job) for name, job in self.node.jobs.items()},
-            "process": faces.process(),
-            "faces": self.faces.status(),
+            **self.faces.status(),
             "watched": {name: self.watcher.status(name) for name in self.watcher.jobs},
             "rendezvous": {name: self.members.status(name) for name in self.members.names()},
         }
