@@ -101,7 +101,7 @@ class Faces:
             await self._server.stop()
         if self._address_file is not None:
             self._address_file.unlink(missing_ok=True)
-        for box in self._outboxes:
+        for box in [*self._outboxes, *self._daemon.watcher.recorders()]:
             await asyncio.to_thread(box.close, 1.0)
 
     def status(self) -> dict[str, Any]:

@@ -582,6 +582,10 @@ class Watcher:
         """Record what engines are told from now on."""
         self._recorder = make
 
+    def recorders(self) -> list[recorded.Writer]:
+        """Those that are to be closed when the daemon leaves."""
+        return [job.recorder for job in self.jobs.values() if job.recorder is not None]
+
     def windows(self, name: str | None, seconds: float) -> dict[str, Any]:
         """For a trace: the newest records of this node's ranks, copied. `name`: of one job, or of all."""
         since_ns = time.monotonic_ns() - int(seconds * 1e9)

@@ -172,6 +172,9 @@ def start_in_background() -> None:
 
 def main() -> int:
     """Build, and say where it lies or why it does not."""
+    if "--where" in sys.argv:
+        print(built() or "")  # noqa: T201  a command line
+        return 0
     if "--background" in sys.argv:
         os.nice(NICE)
     try:

@@ -19,6 +19,7 @@ import secrets
 import select
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -60,6 +61,7 @@ CLOCK_RESOLUTION_S_MAX = 1e-3
 CLOCK_READ_NS_MAX = 1000.0
 NUMPY_TIMES = (20, 40)
 """How much faster the C kernels (AVX2, GFNI) are than NumPy, for two blocks of parity of eight (one core of a Xeon, 2026-11-20)."""
+TAP_TIMEOUT_S = 30.0
 TRIAL_BYTES = 64 << 20
 STORE_BYTES_PER_S_MIN = 100e6
 STORE_FREE_MIN = 0.05
@@ -526,9 +528,11 @@ def _tap(_: argparse.Namespace) -> Finding:
     compiler = ""
     with contextlib.suppress(tap_build.NotBuilt):
         compiler = tap_build.compiler_command()[0]
-    native = tap_build.built()
+    native = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # in a process of its own: it asks torch
+        native = subprocess.run([sys.executable, "-m", "ckptd.monitor.tap_build", "--where"], capture_output=True, text=True, timeout=TAP_TIMEOUT_S, check=False).stdout.strip()
     env = {name: os.environ[name] for name in ("CKPTD_DISABLE", "CKPTD_TAP", "TORCH_DEVICE_BACKEND_AUTOLOAD") if name in os.environ}
-    return judge_tap(found, "" if native is None else str(native), compiler, env)
+    return judge_tap(found, native, compiler, env)
 
 
 def judge_tap(found: Sequence[str], native: str, compiler: str, env: Mapping[str, str]) -> Finding:

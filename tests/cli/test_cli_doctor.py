@@ -123,7 +123,7 @@ def test_packages():
 
 
 def test_requirements_are_those_of_this_installation(monkeypatch):
-    assert set(doctor._requirements()) == {"msgspec", "numpy", "psutil", "xxhash", "zstandard"}
+    assert set(doctor._requirements()) == {"h11", "msgspec", "numpy", "psutil", "xxhash", "zstandard"}
     assert set(doctor._requirements("torch")) == {"torch"}
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1")
     assert checked("packages").level == PROBLEM
