@@ -91,7 +91,8 @@ class Faces:
             self._server = http.Server(pages, host, port, allow_remote=s.http_remote, names=s.http_names)
             await self._server.start()
             self._address_file = directory / "http.address"
-            self._address_file.write_text(self._server.address + "\n")
+            with os.fdopen(os.open(self._address_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "w") as f:
+                f.write(self._server.address + "\n")
             log.info("page and metrics at http://%s/", self._server.address)
         self._daemon.start(self._look_after_health())
 
