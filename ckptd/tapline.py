@@ -159,7 +159,7 @@ def _run_id(run_id: str) -> str:
 
 def ensure(job: str | None = None, attempt: int = 0, directory: str | None = None) -> Line | None:
     """This process's tap and its line, made now if need be; told the job where it is known. None: no tap. Never raises."""
-    global _line  # noqa: PLW0603
+    global _line  # noqa: PLW0603  one line per process
     try:
         its = tap.attach()
         if its is None:
@@ -173,6 +173,6 @@ def ensure(job: str | None = None, attempt: int = 0, directory: str | None = Non
             if job is not None:
                 _line.identify(job, attempt)
             return _line
-    except Exception:
+    except Exception:  # a bug of ours costs the watching, never the job; it is logged
         log.debug("no line for the tap", exc_info=True)
         return None

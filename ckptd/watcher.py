@@ -134,7 +134,7 @@ class Watcher:
             for job in [*self.jobs.values()]:
                 try:
                     self._look(job, time.monotonic())
-                except Exception as e:
+                except Exception as e:  # of one job, a bug of ours: the others are watched on, it is counted and logged
                     self.counts["failed looks"] += 1
                     if self.counts["failed looks"] <= 3:
                         log.warning("watching job %s: %s", job.name, e, exc_info=True)
@@ -436,7 +436,7 @@ class Watcher:
         for tell in self.listeners:
             try:
                 tell(job.name, verdict)
-            except Exception:
+            except Exception:  # of one listener: the others hear it
                 log.exception("a listener failed")
         if verdict.state == "confirmed" and verdict.recommended in {"snapshot", "restart", "evict"} and verdict.id not in job.acted:
             job.acted[verdict.id] = verdict.recommended

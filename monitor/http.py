@@ -217,7 +217,7 @@ class Server:
             return made if isinstance(made, Answer) else await made
         except BadArgument as e:
             return _problem(400, e.message)
-        except Exception:
+        except Exception:  # of one page: the server serves on, the asker is told
             log.exception("HTTP: %s failed", path)
             return _problem(500, _FAILED)
 
@@ -253,7 +253,7 @@ class Server:
         async with self._rendering:
             try:
                 return answer, await asyncio.to_thread(answer.body)
-            except Exception:
+            except Exception:  # of one page's rendering, likewise
                 log.exception("HTTP: rendering failed")
                 return await self._rendered(_problem(500, _FAILED))
 

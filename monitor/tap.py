@@ -138,7 +138,7 @@ class Tap:
 
     def close(self) -> None:
         """Unhook; the ring stays readable for who has it."""
-        global _current  # noqa: PLW0603
+        global _current  # noqa: PLW0603  one tap per process
         if os.getpid() != self.pid:
             return
         self.finished(over=True)
@@ -167,8 +167,8 @@ def group_of_one() -> Any:
     backend = c10d.ProcessGroupGloo(store, 0, 1, dt.timedelta(seconds=10))
     group: Any = c10d.ProcessGroup(store, 0, 1)
     group._register_backend(torch.device("cpu"), c10d.ProcessGroup.BackendType.GLOO, backend)  # noqa: SLF001  as new_group does
-    group._set_default_backend(c10d.ProcessGroup.BackendType.GLOO)  # noqa: SLF001
-    group._set_group_name("ckptd-tap")  # noqa: SLF001
+    group._set_default_backend(c10d.ProcessGroup.BackendType.GLOO)  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
+    group._set_group_name("ckptd-tap")  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
     return group
 
 
@@ -214,7 +214,7 @@ def current() -> Tap | None:
 
 def attach() -> Tap | None:
     """This process's tap, made now if there is none and torch's default process group exists. Never raises."""
-    global _current  # noqa: PLW0603
+    global _current  # noqa: PLW0603  one tap per process
     names = wanted()
     if not names:
         return None
@@ -233,7 +233,7 @@ def attach() -> Tap | None:
             atexit.register(tap.ending)
             _current = tap
             nccl.attach(tap.ring)
-        except Exception:
+        except Exception:  # of one layer: the next one is tried
             log.debug("no tap", exc_info=True)
         return _current
 
@@ -284,7 +284,7 @@ def stepped(number: int) -> None:
 
 
 def _forked(tap: Tap) -> None:
-    global _current  # noqa: PLW0603
+    global _current  # noqa: PLW0603  one tap per process
     tap.over = tap.writer.off = True
     if _current is tap:
         _current = None

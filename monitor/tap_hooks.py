@@ -82,7 +82,7 @@ class Hooks:
     def _watch_groups(self) -> None:
         """Groups to come."""
         c10d: Any = dist.distributed_c10d
-        original = c10d._new_process_group_helper  # noqa: SLF001
+        original = c10d._new_process_group_helper  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
 
         @functools.wraps(original)
         def making(*args: Any, **options: Any) -> Any:
@@ -93,7 +93,7 @@ class Hooks:
                     self.watch(pg)
             return said
 
-        c10d._new_process_group_helper = making  # noqa: SLF001
+        c10d._new_process_group_helper = making  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
         self._remove.append(functools.partial(setattr, c10d, "_new_process_group_helper", original))
 
     def remove(self) -> None:

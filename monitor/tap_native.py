@@ -122,11 +122,11 @@ class Native:
                 self._hint(given["group_name"], given["global_ranks_in_group"])
             return original(*args, **options)
 
-        c10d._new_process_group_helper = making  # noqa: SLF001
+        c10d._new_process_group_helper = making  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
 
         def undo() -> None:
-            if c10d._new_process_group_helper is making:  # noqa: SLF001
-                c10d._new_process_group_helper = original  # noqa: SLF001
+            if c10d._new_process_group_helper is making:  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
+                c10d._new_process_group_helper = original  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
 
         self._remove.append(undo)
 

@@ -172,7 +172,7 @@ class Seen:
 
     def take_output(self, tensor: Any) -> int | None:
         """The record whose output this is, once."""
-        return self._outputs.pop(tensor.untyped_storage()._cdata, None)  # noqa: SLF001
+        return self._outputs.pop(tensor.untyped_storage()._cdata, None)  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
 
 
 class Waits:
@@ -206,8 +206,8 @@ class Waits:
     def functional(self) -> None:
         """Also those of functional collectives."""
         seen, writer = self.seen, self.seen.writer
-        op = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001
-        below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)  # noqa: SLF001
+        op = torch.ops._c10d_functional.wait_tensor.default  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
+        below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
 
         def wait_tensor(keys: Any, tensor: Any) -> Any:
             i = None
@@ -230,7 +230,7 @@ class Waits:
         if getattr(WORK.wait, "__wrapped__", None) is self._original:
             WORK.wait = self._original
         if self._library is not None:
-            self._library._destroy()  # noqa: SLF001
+            self._library._destroy()  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
             self._library = None
 
 
@@ -241,7 +241,7 @@ class Kernels:
         self.seen, self.writer = seen, seen.writer
         self.coalesced, self.captured, self.last = seen.coalesced, seen.captured, seen.last
         self._library: Any = Library("c10d", "IMPL")
-        self._below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)  # noqa: SLF001
+        self._below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
         for spec in OPS:
             packet = getattr(torch.ops.c10d, spec.name, None)
             if packet is not None:
@@ -250,8 +250,8 @@ class Kernels:
         self.waits.functional()
 
     def _kernel(self, spec: Op, op: Any) -> Any:
-        names = [a.name for a in op._schema.arguments]  # noqa: SLF001
-        defaults = {a.name: a.default_value for a in op._schema.arguments}  # noqa: SLF001
+        names = [a.name for a in op._schema.arguments]  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
+        defaults = {a.name: a.default_value for a in op._schema.arguments}  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
         group_at = names.index("process_group")
         peer_at = next((names.index(n) for n in ("dst", "src") if n in names), -1)
         async_at = names.index("async_op") if "async_op" in names else -1
@@ -296,7 +296,7 @@ class Kernels:
 
     def remove(self) -> None:
         """Unregister."""
-        self._library._destroy()  # noqa: SLF001
+        self._library._destroy()  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
         self.waits.remove()
 
 
