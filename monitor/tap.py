@@ -233,7 +233,7 @@ def attach() -> Tap | None:
             atexit.register(tap.ending)
             _current = tap
             nccl.attach(tap.ring)
-        except Exception:  # of one layer: the next one is tried
+        except Exception:  # a job without a tap is a job all the same
             log.debug("no tap", exc_info=True)
         return _current
 
