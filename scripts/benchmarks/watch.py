@@ -2,15 +2,14 @@
 
 - simulated jobs (`--sim`): up to 4,096 ranks; kinds x severities x layouts x seeds through the engine that the daemon runs, in simulated time; hours without a fault
   (`--hours`) count false alarms. Seeds that thresholds were tuned with are 1 to 2999; scored are 3000 and up (`--seeds FIRST:COUNT`).
-- real jobs (`--real`) under torchrun, and what watching costs them (`--overhead`).
+- real jobs (`--real`) under torchrun; what watching costs ranks and daemon (`--overhead`: also `scripts/bench tap`, `scripts/bench watcher`).
 
-Without a choice: simulated jobs, and real ones where they are there.
+Without a choice: simulated jobs, and real ones unless `--quick`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks import simhangs
+from benchmarks import simhangs, tap, watch_real, watcher
 from benchmarks.harness import Aim, Bench, Table
 from benchmarks.simjobs import LAYOUTS, Fault, Layout, Noise, Sim
 from benchmarks.watch_score import Case, Row, Told, aims, facts, misses, score, table
@@ -77,10 +76,11 @@ def run(bench: Bench) -> None:
     chosen = a.sim or a.real or a.overhead
     if a.sim or not chosen:
         simulated(bench, a)
-    if importlib.util.find_spec("benchmarks.watch_real") is not None and (a.real or a.overhead or (not chosen and not bench.quick)):
-        from benchmarks import watch_real
-
-        watch_real.run(bench, real=a.real or not chosen, overhead=a.overhead or not chosen)
+    if a.real or (not chosen and not bench.quick):
+        watch_real.run(bench)
+    if a.overhead:
+        tap.overhead(bench)
+        watcher.run(bench)
 
 
 def simulated(bench: Bench, a: argparse.Namespace) -> None:

@@ -391,11 +391,8 @@ def many(*, quick: bool) -> list[Case]:
 # --- the benchmark ----------------------------------------------------------------------------------------------------------
 
 
-def run(bench: Bench, *, real: bool, overhead: bool) -> None:
+def run(bench: Bench) -> None:
     """`scripts/bench watch --real`."""
-    if not real:
-        return
-    del overhead  # scripts/benchmarks/watch_cost.py
     from benchmarks import watch_links
 
     rows = []
