@@ -47,7 +47,7 @@ log = logging.getLogger("ckptd.daemon")
 TICK_S = 0.5
 SETTLE_TIMEOUT_S = 30.0
 """How long a Welcome waits for checksums of images that were complete when their trainers died: 30 s are 500 GB here."""
-ERRORS_KEPT = 50
+ERRORS_KEPT, REASONS_MAX = 50, 32
 ACTIVE_S = 5.0
 """A rank that filled a slot within this time is at work."""
 LINGER_ASKED_S = 60.0
@@ -135,6 +135,7 @@ class Daemon:
         self.watcher = watcher.Watcher(self, EngineSettings(evict_after_s=settings.evict_after_s), enabled=settings.watch)
         self.faces = faces.Faces(self, settings.faces)
         self.ballots: dict[str, Ballots] = defaultdict(Ballots)
+        self.skips: dict[str, Counter[str]] = defaultdict(Counter)
         self.suspicions: deque[tuple[str, int, Suspicion]] = deque(maxlen=ERRORS_KEPT)
         self.written: dict[tuple[str, int, int], dict[int, bytes]] = {}
         self.verifying: dict[node.SlotRef, asyncio.Lock] = {}
@@ -178,7 +179,7 @@ class Daemon:
         await self.peers.start(self.settings.peer_host, self.settings.peer_port or _read_port(port_file), must=self.settings.peer_port > 0)
         self.members.start(path.parent, self.peers.address)
         self.start(self.members.run())
-        self.start(self.watcher.run())
+        self.start(self.watcher.run(path.parent))
         await self.faces.start(path.parent)
         port_file.write_text(self.peers.address.rpartition(":")[2])
         listener = listen(path)
@@ -376,6 +377,7 @@ class Daemon:
                 if held is not None and header is not None and header.gen == message.gen and header.state == slots.FILLED:
                     self._scan(held)
             case wire.Skipped():
+                self.skips[client.job][message.reason if len(self.skips[client.job]) < REASONS_MAX else "other"] += 1
                 self.event(node.Skipped(client.job, client.attempt, message.step))
             case wire.Persist():
                 self.event(node.Asked(client.job, client.attempt, message.step))
@@ -681,6 +683,7 @@ class Daemon:
         self.tiers.pop(job, None)
         self.protection.leave(job)
         self.ballots.pop(job, None)
+        self.skips.pop(job, None)
         for held in self.arenas.of(job):
             if not any(c.arena is held for c in self.clients):
                 self._drop_arena(held)
@@ -919,6 +922,7 @@ class Daemon:
             "peers_connected": {str(n): ok for n, ok in self.peers.connected(job.name).items()},
             "group": self.protection.status(job.name) if job.protect else None,
             "store": self.tier(job.name).url,
+            "skipped": dict(self.skips.get(job.name, {})),
             "watching": self.watcher.status(job.name),
             "suspected": [{"step": step, "what": str(s), "ranks": s.ranks, "tensors": s.tensors} for name, step, s in self.suspicions if name == job.name],
         }

@@ -31,7 +31,7 @@ import msgspec
 
 from ckptd.core import node, wire
 from ckptd.errors import BadArgument, CkptdError
-from ckptd.monitor import record, recorded, report
+from ckptd.monitor import probes, record, recorded, report
 from ckptd.monitor.engine import Ask, Concluded, Engine, Past
 from ckptd.monitor.engine import Settings as EngineSettings
 from ckptd.monitor.ring import Group, Ring
@@ -123,12 +123,14 @@ class Watcher:
         self.listeners: list[Any] = []
         """Called with (job, verdict) for each that is new or changed: the log, webhooks."""
         self._recorder: Callable[[recorded.Header], recorded.Writer] | None = None
+        self._baselines = probes.Baselines()
         self._asked: dict[int, tuple[str, int, str, int, float]] = {}
         self._numbers = 0
         self.engine_settings = settings
 
-    async def run(self) -> None:
-        """Look at all rings, again and again, until cancelled."""
+    async def run(self, directory: Path) -> None:
+        """Look at all rings, again and again, until cancelled. `directory`: where the daemon's socket lies; what is usual here is kept beside it."""
+        self._baselines = probes.Baselines(directory / "baselines.json")
         while True:
             await asyncio.sleep(LOOK_S)
             for job in [*self.jobs.values()]:
@@ -523,8 +525,6 @@ class Watcher:
 
     async def _probe_outside(self, job: Job, r: Rank, kind: str, ask: int) -> None:
         """The rank did not answer: measure where it runs, in a process of our own."""
-        from ckptd.monitor import probes
-
         rate = 0.0
         with contextlib.suppress(OSError, ValueError, CkptdError, TimeoutError):
             rate = await self._daemon.in_store_pool(lambda: probes.outside(kind, r.pid, 0.2))
@@ -557,10 +557,12 @@ class Watcher:
     async def _transfer(self, job: Job, ask: Ask) -> None:
         from ckptd import probing
 
-        here, rate = self._node_of(job), 0.0
-        with contextlib.suppress(OSError, CkptdError, TimeoutError, ValueError):
+        here, rate, address = self._node_of(job), 0.0, ""
+        with contextlib.suppress(OSError, CkptdError, TimeoutError, ValueError):  # a node that is gone: 0
+            address = self._daemon.peers.address_of(job.name, ask.other)
             rate = await probing.transfer(self._daemon.peers, job.name, ask.other)
-        job.probed.append(report.Probed(ask.id, "transfer", here, rate, other=ask.other))
+        job.probed.append(report.Probed(ask.id, "transfer", here, rate, other=ask.other, baseline=self._baselines.of("transfer", address)))
+        self._baselines.learn("transfer", address, rate, time.time())  # the best of what was seen stays
 
     def feels(self, found: report.Health) -> None:
         """The node's health, for all its jobs."""

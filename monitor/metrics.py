@@ -212,7 +212,6 @@ def _aggregates(text: _Text, jobs: list[tuple[str, view.Watching]]) -> None:
     text.gauge("ckptd_job_step_seconds", "Duration of the newest step over all ranks.", per_job("wall_us", 1e-6))
     text.gauge("ckptd_job_self_seconds", "Own part of it over all ranks.", per_job("self_us", 1e-6))
     text.gauge("ckptd_job_lateness_ratio", "Lateness over all ranks.", per_job("lateness", 1.0))
-    text.gauge("ckptd_clock_error_seconds", "Bound on the error of clocks between nodes.", [((("job", name),), seen.clock_error_us * 1e-6) for name, seen in jobs])
     text.gauge("ckptd_waiting_ranks", "Ranks that wait for others for longer than a moment.", [((("job", name),), len({w.rank for w in seen.waits})) for name, seen in jobs])
     counts = [(name, what, n) for name, seen in jobs for what, n in _few(seen.counts)]
     text.counter("ckptd_watch_events", "What watching counted.", [((("job", name), ("event", what)), n) for name, what, n in counts])

@@ -153,6 +153,7 @@ class Probed(msgspec.Struct, frozen=True):
     rate: float
     other: int = -1
     baseline: float = 0.0
+    """What is usual there, as far as the node knows; 0: it does not."""
 
 
 class Stack(msgspec.Struct, frozen=True):
@@ -175,7 +176,6 @@ class Report(msgspec.Struct, frozen=True):
     health: Health | None = None
     probed: Annotated[list[Probed], Meta(max_length=STEPS_MAX)] = []
     stacks: Annotated[list[Stack], Meta(max_length=64)] = []
-    clock_error_us: int = 0
 
 
 # --- what the coordinator concludes ----------------------------------------------------------------------------------------

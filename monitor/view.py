@@ -96,7 +96,6 @@ class Watching(msgspec.Struct):
     health: list[dict[str, Any]] = []
     detectors: dict[str, str] = {}
     counts: dict[str, float] = {}
-    clock_error_us: float = 0
     note: str = ""
 
 

@@ -33,7 +33,7 @@ def watching(ranks=8, steps=60, *, slow=3, seed=1, host="node{}.cluster", job="l
     }  # fmt: skip
     return {
         "job": job, "attempt": 1, "world_size": ranks, "step": 1000 + steps - 1, "policy": "report", "coordinator": True, "ranks": table,
-        "counts": {"reports": 120, "reports_lost": 1}, "verdicts": [verdict], "clock_error_us": 150, "detectors": {"straggler": "confirmed", "hang": "ok"},
+        "counts": {"reports": 120, "reports_lost": 1}, "verdicts": [verdict], "detectors": {"straggler": "confirmed", "hang": "ok"},
         "waits": [{"rank": r, "group": "dp0", "op": "all_reduce", "seq": 77, "for": [slow], "since_ms": 3100} for r in range(min(ranks, 4)) if r != slow],
         "heat": {"steps": [*range(1000, 1000 + steps)], "ranks": [*range(ranks)], "wall_us": wall, "lateness": late},
         "taps": {str(r): {"pid": 4000 + r, "layer": "native", "records": 9000, "lost": 0, "errors": 0, "hook_ns": 3_000_000, "device_lost": 0, "gone": False} for r in range(min(ranks, per_node))},
