@@ -18,6 +18,7 @@ import mmap
 import os
 import secrets
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,22 +74,7 @@ class Arena:
     def adopt(cls, fd: int) -> Arena:
         """Map an arena that somebody else made; takes over `fd`, and closes it if this raises. Raises BadImage if it is none."""
         try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode) or info.st_size < slots.PAGE_BYTES:
-                msg = "this descriptor is no arena"
-                raise BadImage(msg)
-            try:
-                sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & (fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            except OSError:
-                sealed = 0
-            if sealed != fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW:
-                msg = "this memory is not sealed against shrinking and growing"
-                raise BadImage(msg)
-            try:
-                mapping = mmap.mmap(fd, info.st_size)
-            except OSError as e:  # sealed against writing, for example
-                msg = f"this memory cannot be mapped: {e.strerror}"
-                raise BadImage(msg) from e
+            mapping = map_sealed(fd, "arena", slots.PAGE_BYTES)
             return cls(fd, slots.read_descriptor(memoryview(mapping)), mapping)
         except BaseException:
             os.close(fd)
@@ -122,6 +108,26 @@ class Arena:
         with contextlib.suppress(BufferError):
             self._mapping.close()
         os.close(self.fd)
+
+
+def map_sealed(fd: int, what: str, bytes_min: int, bytes_max: int = sys.maxsize, prot: int = mmap.PROT_READ | mmap.PROT_WRITE) -> mmap.mmap:
+    """The memory that another process made and sealed against shrinking and growing (a truncated mapping is SIGBUS). `fd` stays the caller's. Raises BadImage."""
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or not bytes_min <= info.st_size <= bytes_max:
+        msg = f"this descriptor is no {what}"
+        raise BadImage(msg)
+    try:
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & (fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except OSError:
+        sealed = 0
+    if sealed != fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW:
+        msg = "this memory is not sealed against shrinking and growing"
+        raise BadImage(msg)
+    try:
+        return mmap.mmap(fd, info.st_size, prot=prot)
+    except OSError as e:  # sealed against writing, for example
+        msg = f"this memory cannot be mapped: {e.strerror}"
+        raise BadImage(msg) from e
 
 
 def populate(memory: memoryview) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import stat
 import struct
 from collections import deque
 from collections.abc import Callable
@@ -48,6 +49,22 @@ def private_directory(path: Path) -> None:
     if path.is_symlink() or info.st_uid != os.getuid() or info.st_mode & 0o077:
         msg = f"{path}: the socket's directory must be ours alone (0700), and no symlink"
         raise BadArgument(msg, remedy=f"rm -r {path} if nothing of yours is in it, or give another with --dir or CKPTD_DIR")
+
+
+def read_private(option: str, file: str, bytes_max: int) -> bytes:
+    """What is in a file that must be ours and nobody else's: secrets. `option`: who named it. Raises BadArgument."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # what was opened is looked at before it is read: a pipe would hang
+        with os.fdopen(fd, "rb") as f:
+            info = os.fstat(fd)
+            data = f.read(bytes_max) if stat.S_ISREG(info.st_mode) else b""
+    except (OSError, ValueError) as e:
+        msg = f"{option} {file}: {e}"
+        raise BadArgument(msg) from e
+    if not stat.S_ISREG(info.st_mode) or info.st_uid not in {os.getuid(), 0} or info.st_mode & 0o077:
+        msg = f"{option} {file}: it must be ours and nobody else's (0600)"
+        raise BadArgument(msg, remedy=f"chmod 600 {file}")
+    return data
 
 
 def listen(path: Path) -> socket.socket:

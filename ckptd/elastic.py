@@ -19,7 +19,6 @@ import logging
 import os
 import select
 import socket
-import stat
 import time
 from datetime import timedelta
 from typing import Any
@@ -36,7 +35,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-from ckptd.channel import Pipe, connect, socket_path
+from ckptd.channel import Pipe, connect, read_private, socket_path
 from ckptd.core import wire
 from ckptd.core.rendezvous import Roster, Wish
 from ckptd.errors import BadArgument, CkptdError, DaemonUnreachable
@@ -260,17 +259,7 @@ def secret_from(file: str | None, job: str) -> bytes:
     """The job's secret: from a file that is ours alone; without one, something that only keeps jobs apart. Raises BadArgument."""
     if not file:
         return hashlib.blake2b(job.encode(), digest_size=32, person=b"ckptd no secret").digest()
-    try:
-        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # what was opened is looked at before it is read: a pipe would hang
-        with os.fdopen(fd, "rb") as f:
-            info = os.fstat(fd)
-            text = f.read(SECRET_BYTES_MAX) if stat.S_ISREG(info.st_mode) else b""
-    except (OSError, ValueError) as e:
-        msg = f"--secret-file {file}: {e}"
-        raise BadArgument(msg) from e
-    if not stat.S_ISREG(info.st_mode) or info.st_uid not in {os.getuid(), 0} or info.st_mode & 0o077:
-        msg = f"--secret-file {file}: it must be ours and nobody else's (0600)"
-        raise BadArgument(msg, remedy=f"chmod 600 {file}")
+    text = read_private("--secret-file", file, SECRET_BYTES_MAX)
     if len(text.strip()) < SECRET_BYTES_MIN:
         msg = f"--secret-file {file}: {len(text.strip())} bytes are no secret"
         raise BadArgument(msg, remedy=f"head -c 32 /dev/urandom | base64 > {file}, and copy it to all nodes")

@@ -12,14 +12,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import stat
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptd.core import wire
+from ckptd.channel import read_private
 from ckptd.errors import BadArgument, CkptdError
 from ckptd.monitor import events, health, http, metrics, page, recorded, report, trace_export
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ckptd.faces")
 
+URLS_BYTES_MAX = 64 << 10
 HEALTH_S = 5.0
 """Between looks at the node's health."""
 TRACE_S_DEFAULT, TRACE_S_MAX = 10.0, 600.0
@@ -166,14 +166,5 @@ def _urls(file: str) -> list[str]:
     """The lines of a file that is ours alone. Raises BadArgument."""
     if not file:
         return []
-    try:
-        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd) as f:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode) or info.st_uid not in {os.getuid(), 0} or info.st_mode & 0o077:
-                msg = f"--webhook-file {file}: it must be ours and nobody else's (0600)"
-                raise BadArgument(msg, remedy=f"chmod 600 {file}")
-            return [line.strip() for line in f.read(wire.STACK_CHARS_MAX).splitlines() if line.strip() and not line.startswith("#")]
-    except OSError as e:
-        msg = f"--webhook-file {file}: {e.strerror}"
-        raise BadArgument(msg) from e
+    lines = read_private("--webhook-file", file, URLS_BYTES_MAX).decode(errors="replace").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]

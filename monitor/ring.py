@@ -12,19 +12,18 @@ import contextlib
 import fcntl
 import mmap
 import os
-import stat
 import struct
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ckptd.arena import SEALS, map_sealed
 from ckptd.errors import BadImage
 from ckptd.monitor import record
 
 AHEAD_MAX = 1 << 40
 """Records that could have been written since the last look: a day at ten million a second."""
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 _WORDS = {name: (struct.Struct(f"<{ {'u4': 'I', 'i4': 'i', 'u8': 'Q'}[kind.str[1:]] }"), at) for name, (kind, at, *_) in (record.HEADER.fields or {}).items() if kind.kind in "ui"}
@@ -103,30 +102,14 @@ class Ring:
     def adopt(cls, fd: int) -> Ring:
         """Map a ring that a tap made, for reading; takes over `fd`, and closes it if this raises. Raises BadImage if it is none."""
         try:
-            info = os.fstat(fd)
-            least = record.ring_bytes(record.CAPACITY_MIN)
-            if not stat.S_ISREG(info.st_mode) or not least <= info.st_size <= record.ring_bytes(record.CAPACITY_MAX):
-                msg = "this descriptor is no ring"
-                raise BadImage(msg)
-            try:
-                sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & (fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            except OSError:
-                sealed = 0
-            if sealed != fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW:
-                msg = "this ring is not sealed against shrinking and growing"
-                raise BadImage(msg)
-            try:
-                ring = cls(fd, mmap.mmap(fd, info.st_size, prot=mmap.PROT_READ))
-            except OSError as e:
-                msg = f"this ring cannot be mapped: {e.strerror}"
-                raise BadImage(msg) from e
+            ring = cls(fd, map_sealed(fd, "ring", record.ring_bytes(record.CAPACITY_MIN), record.ring_bytes(record.CAPACITY_MAX), mmap.PROT_READ))
             head = ring.header[0]
             if int(head["magic"]) != record.MAGIC or int(head["version"]) != record.VERSION:
                 msg = f"no ring of version {record.VERSION}"
                 raise BadImage(msg)
             capacity = int(head["capacity"])
             if capacity & (capacity - 1) or not record.CAPACITY_MIN <= capacity <= ring.capacity:
-                msg = f"a ring of {info.st_size} bytes does not hold {capacity} records"
+                msg = f"a ring of {len(ring.memory)} bytes does not hold {capacity} records"
                 raise BadImage(msg)
             ring.capacity = capacity
             ring.records = ring.records[:capacity]
