@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import logging
 import os
 import threading
@@ -63,6 +64,7 @@ class Faces:
         self._server: http.Server | None = None
         self._health = health.Sampler()
         self._gpus: threading.Thread | None = None
+        self._gpus_there = importlib.util.find_spec("pynvml") is not None
         self._told: dict[str, Any] = {}
         self._told_s = float("-inf")
         self.last_health: report.Health | None = None
@@ -94,6 +96,7 @@ class Faces:
             with os.fdopen(os.open(self._address_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "w") as f:
                 f.write(self._server.address + "\n")
             log.info("page and metrics at http://%s/", self._server.address)
+        await self._feel()
         self._daemon.start(self._look_after_health())
 
     async def stop(self) -> None:
@@ -120,15 +123,19 @@ class Faces:
             box.put(events.of_verdict(verdict, time.time()) | {"job": job})
 
     async def _look_after_health(self) -> None:
+        """The first look is taken before the daemon says that it is ready: what it costs to begin is no growth later."""
         while True:
-            with contextlib.suppress(OSError, CkptdError):
-                if self._gpus is None or not self._gpus.is_alive():  # a driver that hangs keeps its own thread, and nobody else's
-                    self._gpus = threading.Thread(target=self._health.sample_gpus, args=(time.monotonic(),), name="ckptd-gpus", daemon=True)
-                    self._gpus.start()
-                self.last_health = await self._daemon.in_pool(lambda: self._health.sample(time.monotonic()))
-                if self.last_health is not None:
-                    self._daemon.watcher.feels(self.last_health)
             await asyncio.sleep(HEALTH_S)
+            await self._feel()
+
+    async def _feel(self) -> None:
+        if self._gpus_there and (self._gpus is None or not self._gpus.is_alive()):  # a driver that hangs keeps its own thread, and nobody else's
+            self._gpus = threading.Thread(target=self._health.sample_gpus, args=(time.monotonic(),), name="ckptd-gpus", daemon=True)
+            self._gpus.start()
+        with contextlib.suppress(OSError, CkptdError):
+            self.last_health = await self._daemon.in_pool(lambda: self._health.sample(time.monotonic()))
+            if self.last_health is not None:
+                self._daemon.watcher.feels(self.last_health)
 
     def _metrics(self, asked: http.Asked) -> http.Answer:
         kind = metrics.content_type(asked.headers.get("accept", ""))

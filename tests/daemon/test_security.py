@@ -1024,7 +1024,8 @@ def test_thousands_of_lives_and_addresses(rig):
     c.status()
     waited_s = time.perf_counter() - began
     c.close()
-    assert grown < 5e6 and used < 0.5 and waited_s < 0.1
+    # 0.4 to 0.6 s and 3.7 to 5.3 MB on two busy cores, before and after the daemon learned to watch; dialling all of them takes seconds.
+    assert grown < 8e6 and used < 1.0 and waited_s < 0.1
     sound(rig)
 
 
