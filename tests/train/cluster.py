@@ -39,9 +39,8 @@ class Node:
             "OUT": str(c.out), "CKPTD_TRACE": str(c.tmp / f"trace{self.number}.jsonl"), **c.env,
         }  # fmt: skip
         command = [
-            *c.inside(self.number), sys.executable, "-m", "ckptd.cli.main", "run", "--nnodes", c.nnodes, "--nproc-per-node", str(c.ranks), "--job", c.name,
-            "--rdzv-endpoint", c.endpoint, "--local-addr", self.address, "--parity", str(c.parity), "--group-size", str(c.group_size),
-            "--rdzv-conf", "last_call_timeout=3", *c.options, str(SCRIPT), *map(str, c.script),
+            *c.inside(self.number), sys.executable, "-m", "ckptd.cli.main", "run", "--nproc-per-node", str(c.ranks), "--job", c.name,
+            *c.meeting(self), *c.options, str(c.job), *map(str, c.script),
         ]  # fmt: skip
         with (c.tmp / f"log{self.number}.txt").open("ab") as log:
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
@@ -94,7 +93,7 @@ class Cluster:
     ) -> None:  # fmt: skip
         self.tmp, self.name = tmp, f"{name}-{os.getpid()}"
         self.count, self.nnodes, self.ranks = nodes, nnodes or f"1:{nodes}", ranks
-        self.parity, self.group_size, self.script = parity, group_size, (steps, pace_s)
+        self.parity, self.group_size, self.job, self.script = parity, group_size, SCRIPT, (steps, pace_s)
         self.options, self.env = options, env or {}
         tmp.mkdir(parents=True, exist_ok=True)
         self.out = tmp / "out.jsonl"
@@ -115,7 +114,14 @@ class Cluster:
         """What a node's command begins with."""
         return []
 
-    def start(self) -> Cluster:
+    def meeting(self, node: Node) -> list[str]:
+        """How a node finds the others; nothing for one that is alone, as a user starts it."""
+        return [
+            "--nnodes", self.nnodes, "--rdzv-endpoint", self.endpoint, "--local-addr", node.address, "--parity", str(self.parity),
+            "--group-size", str(self.group_size), "--rdzv-conf", "last_call_timeout=3",
+        ]  # fmt: skip
+
+    def start(self) -> Self:
         for node in self.nodes:
             node.start()
         return self

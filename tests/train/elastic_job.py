@@ -75,11 +75,24 @@ def reference(steps: int, scale: int = 1) -> dict[int, str]:
     return found
 
 
+THROTTLE = """
+import ctypes, os, signal, sys, time
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it goes with the worker
+while True:
+    os.kill(int(sys.argv[1]), signal.SIGSTOP)
+    time.sleep(0.03)
+    os.kill(int(sys.argv[1]), signal.SIGCONT)
+    time.sleep(0.02)
+"""
+
+
 class Trouble:
-    """What goes wrong with this worker: "hang:rank=1,step=9" in the first attempt; "slow:slot=2,step=9", wherever that slot is used: others take its core from then on."""
+    """What goes wrong with this worker: "hang:rank=1,step=9" in the first attempt; "slow:slot=2,step=9", wherever that slot is used: from then on it
+    runs for two fifths of the time, as a processor that throttles (by stops and goes: a busy machine changes nothing of that)."""
 
     def __init__(self, kind: str = "", step: int = 0, work_s: float = 0.0) -> None:
         self.kind, self.step, self.work_s = kind, step, work_s
+        self.throttle: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def of(cls, text: str, rank: int, attempt: int) -> Trouble:
@@ -94,10 +107,8 @@ class Trouble:
                 f.write(json.dumps({"t": time.time(), "what": self.kind, "step": step}) + "\n")
         if self.kind == "hang" and step == self.step:
             time.sleep(3600)
-        if self.kind == "slow" and step >= self.step and not hasattr(self, "spinners"):
-            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-            spin = "import ctypes, signal\nctypes.CDLL(None).prctl(1, signal.SIGKILL)\nwhile True: pass"  # PR_SET_PDEATHSIG: they go with us
-            self.spinners = [subprocess.Popen([sys.executable, "-S", "-c", spin]) for _ in range(3)]
+        if self.kind == "slow" and step >= self.step and self.throttle is None:
+            self.throttle = subprocess.Popen([sys.executable, "-S", "-c", THROTTLE, str(os.getpid())])
         until = time.thread_time() + self.work_s
         while time.thread_time() < until:
             pass

@@ -208,20 +208,9 @@ class One(Acting):
 
     def __init__(self, tmp: Path, ranks: int, **more) -> None:
         super().__init__(tmp, 1, ranks=ranks, **more)
-        self.command = [
-            *self.inside(0), sys.executable, "-m", "ckptd.cli.main", "run", "--nproc-per-node", str(ranks), "--job", self.name, *self.options,
-            str(ROOT / "tests" / "train" / "elastic_job.py"), *map(str, self.script),
-        ]  # fmt: skip
 
-    def start(self) -> One:
-        node = self.nodes[0]
-        env = {
-            **os.environ, "CKPTD_DIR": str(node.directory), "CKPTD_NODE_MARK": node.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-            "OUT": str(self.out), "CKPTD_TRACE": str(self.tmp / "trace0.jsonl"), **self.env,
-        }  # fmt: skip
-        with (self.tmp / "log0.txt").open("ab") as log:
-            node.process = subprocess.Popen(self.command, env=env, stdout=log, stderr=log, start_new_session=True)
-        return self
+    def meeting(self, _node) -> list[str]:
+        return []
 
 
 @pytest.mark.timeout(300)
@@ -356,7 +345,7 @@ def test_restarts_without_a_new_snapshot_end_a_job_and_a_worker_that_ignores_sig
     script = tmp_path / "sleeper.py"
     script.write_text(SLEEPER)
     with One(tmp_path, 2, options=["--standby", "0"]) as c:
-        c.command[-3:] = [str(script)]
+        c.job, c.script = script, ()
         c.start()
         for n in range(1, 5):
             c.await_(lambda n=n: len(c.marks(0, "workers started")) == n, 30.0, f"generation {n}")
@@ -388,7 +377,7 @@ def test_those_that_are_left_keep_their_slots_and_devices(tmp_path, virtual):
     script.write_text(TELLER)
     options = ["--standby", "0", *(["--virtual-local-rank"] if virtual else [])]
     with One(tmp_path, 4, options=options, env={"CUDA_VISIBLE_DEVICES": "7,5,3,1"}) as c:
-        c.command[-3:] = [str(script)]
+        c.job, c.script = script, ()
         c.start()
 
         def told(count: int) -> list[dict]:
