@@ -79,7 +79,7 @@ class Line:
 
     def _on_notice(self, message: Any) -> None:
         if isinstance(message, wire.ProbeAsked):
-            self.tap.at_step = lambda: self._probe(message)
+            self.tap.at_steps.append(lambda: self._probe(message))
         elif isinstance(message, wire.StacksAsked):
             self.link.tell(wire.StacksDone(ask=message.ask, text=stacks()[: wire.STACK_CHARS_MAX]))
         elif isinstance(message, wire.Watched):

@@ -59,7 +59,8 @@ IDS = 10_000
 RANKS_MAX = 256
 """Of one job on one node."""
 ANSWER_S = 5.0
-"""For a probe in the rank itself; then it is asked from outside."""
+"""For a probe in the rank itself, and as many steps (one probe is made at the end of each); then it is measured from outside."""
+ANSWER_STEPS = 4
 NATIVE_AFTER_S = 8.0
 POLICIES = ("report", "snapshot", "restart", "evict")
 
@@ -77,6 +78,8 @@ class Rank:
     moved_s: float = 0.0
     pulsed_s: float = 0.0
     drained_s: float = 0.0
+    wall_s: float = 0.0
+    """What its newest step took."""
     groups: list[Group] = field(default_factory=list)
     told_groups: int = -1
     done: deque[Done] = field(default_factory=lambda: deque(maxlen=256))
@@ -266,6 +269,7 @@ class Watcher:
             if len(r.groups) != min(r.ring.word("groups"), record.GROUPS_MAX):
                 r.groups = r.ring.groups()  # whose key and size do not change
             r.done.extend(r.steps.feed(window.first, window.records, window.lost, r.groups, r.ring.capacity))
+            r.wall_s = r.done[-1].summary.wall_us / 1e6 if r.done else r.wall_s
 
     def _joined(self, job: Job) -> list[report.StepSummary]:
         """Steps that all ranks of this node have ended, or that waited long enough for them."""
@@ -507,7 +511,7 @@ class Watcher:
 
     def _probe(self, job: Job, r: Rank, ask: Ask) -> None:
         self._numbers += 1
-        self._asked[self._numbers] = (job.name, r.rank, ask.what, ask.id, time.monotonic() + ask.seconds + ANSWER_S)
+        self._asked[self._numbers] = (job.name, r.rank, ask.what, ask.id, time.monotonic() + ask.seconds + ANSWER_S + ANSWER_STEPS * r.wall_s)
         r.client.channel.send(wire.ProbeAsked(probe=self._numbers, kind=ask.what, seconds=min(2.0, ask.seconds)))
 
     def _probed(self, client: Client, m: wire.ProbeDone) -> None:
@@ -528,7 +532,7 @@ class Watcher:
         rate = 0.0
         with contextlib.suppress(OSError, ValueError, CkptdError, TimeoutError):
             rate = await self._daemon.in_store_pool(lambda: probes.outside(kind, r.pid, 0.2))
-        job.probed.append(report.Probed(ask, kind, r.rank, rate))
+        job.probed.append(report.Probed(ask, kind, r.rank, rate, outside=True))
 
     async def _stack(self, job: Job, r: Rank) -> None:
         """Of Python first, which does not stop the process. Native frames do, for seconds where its symbols are many: only of one that has not moved for long."""

@@ -276,7 +276,7 @@ class Marks:
             try:
                 local = norm.to_local() if hasattr(norm, "to_local") else norm
                 self.loss(local, record.BAD_GRAD)
-            except Exception:  # noqa: BLE001
+            except Exception:  # noqa: BLE001  counted; never into the user's code
                 self.failed()
             return norm
 

@@ -107,14 +107,14 @@ def build(versions: tuple[int, ...] = VERSIONS) -> Path:
         if done.returncode:
             msg = f"{compiler[0]}: {done.stderr[-500:].strip()}"
             raise OSError(msg)
-        os.chmod(partial, 0o500)  # noqa: PTH101
-        os.replace(partial, target)  # noqa: PTH105
+        os.chmod(partial, 0o500)  # noqa: PTH101  paths here are what the compiler was given
+        os.replace(partial, target)  # noqa: PTH105  paths here are what the compiler was given
     except subprocess.TimeoutExpired as e:
         msg = f"{compiler[0]} did not end in {BUILD_TIMEOUT_S} s"
         raise OSError(msg) from e
     finally:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)  # noqa: PTH108
+            os.unlink(partial)  # noqa: PTH108  paths here are what the compiler was given
     return target
 
 

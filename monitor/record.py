@@ -144,5 +144,5 @@ def ring_bytes(capacity: int) -> int:
 
 
 assert RECORD.itemsize == 64  # noqa: S101  drawn, not computed: three pages of code rely on it
-assert GROUP.itemsize == 128  # noqa: S101
-assert HEADER.itemsize <= PAGE_BYTES  # noqa: S101
+assert GROUP.itemsize == 128  # noqa: S101  likewise
+assert HEADER.itemsize <= PAGE_BYTES  # noqa: S101  likewise

@@ -261,7 +261,7 @@ def replay(parts: list[Path], settings: Settings | None = None) -> Replayed:
     engine = Engine(header.job, header.attempt, header.world_size, header.nodes, settings or _settings(header))
     done = Replayed(header)
     for entry in entries:
-        assert isinstance(entry, Entry)  # noqa: S101
+        assert isinstance(entry, Entry)  # noqa: S101  `read` says so
         done.took(entry)
         for outcome in _tell(engine, entry):
             if isinstance(outcome, Concluded):

@@ -154,6 +154,8 @@ class Probed(msgspec.Struct, frozen=True):
     other: int = -1
     baseline: float = 0.0
     """What is usual there, as far as the node knows; 0: it does not."""
+    outside: bool = False
+    """Measured by a process beside the rank, which did not answer: with another library, so not to be compared with what ranks measure in themselves."""
 
 
 class Stack(msgspec.Struct, frozen=True):

@@ -180,7 +180,7 @@ def main() -> int:
     try:
         print(build(wait="--background" not in sys.argv))  # noqa: T201  a command line
     except NotBuilt as e:
-        print(f"the native tap cannot be built; collectives are then seen from Python, at ten times the cost: {e}", file=sys.stderr)  # noqa: T201
+        print(f"the native tap cannot be built; collectives are then seen from Python, at ten times the cost: {e}", file=sys.stderr)  # noqa: T201  a command line
         return 1
     return 0
 

@@ -76,7 +76,7 @@ class Hooks:
             if known is not None:
                 op, i, device, asynchronous = known
                 self.seen.began(op, i, args.work, device=device, asynchronous=asynchronous)
-        except Exception:  # noqa: BLE001
+        except Exception:  # noqa: BLE001  counted; never into the user's code
             self.seen.failed()
 
     def _watch_groups(self) -> None:

@@ -236,7 +236,7 @@ class Writer:
 
 def pid_start(pid: int | str = "self") -> int:
     """Field 22 of /proc/pid/stat: when the process began, in ticks since boot."""
-    with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as f:  # noqa: PTH123
+    with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as f:  # noqa: PTH123  once per process, in a trainer
         return int(f.read().rpartition(")")[2].split()[19])
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from statistics import median
 
 from ckptd.monitor.report import Evidence, Finding, Probed, Verdict
@@ -310,9 +311,10 @@ def _differs(old: Verdict | None, new: Verdict) -> bool:
 def agree(f: Finding, probes: Sequence[Probed]) -> bool | None:
     """Whether any kind of probe shows the suspects slower than their peers (or their own baseline). None: nothing to compare with."""
     answer = None
-    for kind in ("compute", "memory"):
-        mine = [p for p in probes if p.kind == kind and p.rank in f.ranks and p.rate > 0]
-        theirs = [p.rate for p in probes if p.kind == kind and p.rank not in f.ranks and p.rate > 0]
+    for kind, outside in product(("compute", "memory"), (False, True)):
+        alike = [p for p in probes if p.kind == kind and p.outside == outside and p.rate > 0]
+        mine = [p for p in alike if p.rank in f.ranks]
+        theirs = [p.rate for p in alike if p.rank not in f.ranks]
         if not mine or not theirs:
             continue
         bound = (1.0 - min(f.slowdown, 0.9) / 2) * median(theirs)

@@ -349,6 +349,13 @@ def test_a_probe_needs_peers_to_agree():
     assert agree(slow_finding(), probes(0.0)) is None
 
 
+def test_what_was_measured_from_outside_is_not_compared_with_what_ranks_measured_themselves():
+    """Another library's matmul may be several times as fast, or as slow: it would convict, or acquit, by itself."""
+    outside = Probed(1, "compute", 3, 1e10, outside=True)
+    assert agree(slow_finding(), [outside, *probes(0.0)[1:]]) is None
+    assert agree(slow_finding(), [outside, *(Probed(1, "compute", r, 1e11, outside=True) for r in (4, 5, 6))]) is True
+
+
 def test_a_rank_is_not_probed_again_at_once():
     asks = Asks(Settings())
     first = asks.probe(("slow", 3), (3,), (4, 5, 6), 0.0)

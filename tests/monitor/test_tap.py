@@ -222,6 +222,7 @@ class Listener:
                 if fd is not None:
                     pipe.put(wire.Watched(id=m.id))
                     pipe.put(wire.ProbeAsked(probe=m.rank, kind="compute", seconds=0.05))
+                    pipe.put(wire.ProbeAsked(probe=100 + m.rank, kind="memory", seconds=0.05))  # before the first was answered
                     pipe.put(wire.StacksAsked(ask=m.rank))
                 pipe.flush()
 
@@ -266,7 +267,8 @@ def test_a_script_that_knows_nothing_is_watched_and_its_rings_outlive_it(tmp_pat
     job = torchrun(tmp_path, script, "9999")
     second = None
     try:
-        first.wait_for(lambda: len(first.of(wire.ProbeDone)) == 2 and len(first.of(wire.StacksDone)) == 2)
+        first.wait_for(lambda: len(first.of(wire.ProbeDone)) == 4 and len(first.of(wire.StacksDone)) == 2)
+        assert {(p.probe, p.kind) for p in first.of(wire.ProbeDone)} == {(0, "compute"), (1, "compute"), (100, "memory"), (101, "memory")}, "each that was asked for"
         assert {m.role for m in first.of(wire.Hello)} == {"tap"}, "torchrun's agent is no rank"
         assert {m.job for m in first.of(wire.Watch)} == {"user"}
         assert all(p.rate > 0 and p.best >= p.rate for p in first.of(wire.ProbeDone))
