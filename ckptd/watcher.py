@@ -22,7 +22,7 @@ import logging
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from ckptd.monitor import probes, record, recorded, report
 from ckptd.monitor.engine import Ask, Concluded, Engine, Past
 from ckptd.monitor.engine import Settings as EngineSettings
 from ckptd.monitor.ring import Group, Ring
-from ckptd.monitor.steps import Done, Summarizer, join_node
+from ckptd.monitor.steps import Done, Summarizer, join_node, summarize
 
 if TYPE_CHECKING:
     from ckptd.daemon import Client, Daemon
@@ -212,7 +212,7 @@ class Watcher:
         r.gone = True
         now_s = time.monotonic()
         others = [self._pulse(o, now_s, full=True) for o in job.ranks.values() if o is not r]  # where they stood may be why it died
-        self._drain(r)
+        self._drain([r])
         self._send(job, steps=self._joined(job), pulses=[self._pulse(r, now_s), *others], urgent=True)
 
     def _forget_old(self, now_s: float) -> None:
@@ -238,13 +238,14 @@ class Watcher:
     def _look(self, job: Job, now_s: float) -> None:
         pulses: list[report.Pulse] = []
         infos: list[report.RankInfo] = []
+        due = [r for r in job.ranks.values() if not r.gone and now_s - r.drained_s >= DRAIN_S]
+        for r in due:
+            r.drained_s = now_s
+            self._sample(r)
+        self._drain(due)
         for r in job.ranks.values():
             if r.gone:
                 continue
-            if now_s - r.drained_s >= DRAIN_S:
-                r.drained_s = now_s
-                self._sample(r)
-                self._drain(r)
             if self._idle_ms(r, now_s) >= IDLE_MS or now_s - r.pulsed_s >= PULSE_S:
                 r.pulsed_s = now_s
                 pulses.append(self._pulse(r, now_s))
@@ -262,14 +263,20 @@ class Watcher:
             self._conclude(job, job.engine.tick(now_s, wall_s))
 
     @staticmethod
-    def _drain(r: Rank) -> None:
-        """New steps of a rank."""
-        window = r.ring.read(r.steps.begin)
-        if len(window.records) or window.lost:
-            if len(r.groups) != min(r.ring.word("groups"), record.GROUPS_MAX):
-                r.groups = r.ring.groups()  # whose key and size do not change
-            r.done.extend(r.steps.feed(window.first, window.records, window.lost, r.groups, r.ring.capacity))
-            r.wall_s = r.done[-1].summary.wall_us / 1e6 if r.done else r.wall_s
+    def _drain(ranks: Sequence[Rank]) -> None:
+        """New steps of these ranks."""
+        cut = []
+        for r in ranks:
+            window = r.ring.read(r.steps.begin)
+            if len(window.records) or window.lost:
+                if len(r.groups) != min(r.ring.word("groups"), record.GROUPS_MAX):
+                    r.groups = r.ring.groups()  # whose key and size do not change
+                batch = r.steps.cut(window.first, window.records, window.lost, r.groups, r.ring.capacity)
+                if batch is not None:
+                    cut.append((r, batch))
+        for (r, _), done in zip(cut, summarize([batch for _, batch in cut]), strict=True):
+            r.done.extend(done)
+            r.wall_s = done[-1].summary.wall_us / 1e6 if done else r.wall_s
 
     def _joined(self, job: Job) -> list[report.StepSummary]:
         """Steps that all ranks of this node have ended, or that waited long enough for them."""

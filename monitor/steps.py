@@ -13,7 +13,7 @@ How waiting is told from working, without any other clock than the rank's own (m
 so a rank that waits for others inside an operation, in a wait, or until a reducer has finished is not working, whoever called. An operation that overlaps with
 compute hides part of that compute, of all ranks alike.
 
-Many steps are summed in one pass over arrays: with steps of 20 ms a daemon has 400 of them per second.
+Many steps of all ranks are summed in one pass over arrays: with steps of 20 ms a daemon has 400 of them per second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from ckptd.monitor.ring import Group
 
 Array = np.ndarray[Any, Any]
 
-PENDING_MAX_S = 600.0
+STRETCH_NS = 1 << 50
+"""Thirteen days: no window of a ring holds more."""
 SAMPLES_MAX = 4096
 UNEVEN = np.isin(np.arange(256), [record.OPS.index(n) for n in ("all_gather", "reduce_scatter", "all_to_all", "gather", "scatter", "all_gather_coalesced", "reduce_scatter_coalesced")])
 """Operations whose members may bring different sizes: their bytes do not count when programs and histories are compared."""
@@ -96,8 +97,18 @@ class Samples:
         return both[0].astype(np.int64), both[1].astype(np.int64)
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Whole steps of one rank: their records, and where in them each step ends."""
+
+    of: Summarizer
+    records: Array
+    places: Array
+    groups: Sequence[Group]
+
+
 class Summarizer:
-    """One rank. Feed it windows of its ring, each beginning where it says (`begin`)."""
+    """One rank. Feed it windows of its ring, each beginning where it says (`begin`); or `cut` those of several ranks, and `summarize` them at once."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -115,6 +126,11 @@ class Summarizer:
 
     def feed(self, first: int, records: Array, lost: int, groups: Sequence[Group], capacity: int) -> list[Done]:
         """Summaries of the steps that ended in a window. `first`: index of its first record; `lost`: of those that were overwritten before it."""
+        batch = self.cut(first, records, lost, groups, capacity)
+        return summarize([batch])[0] if batch is not None else []
+
+    def cut(self, first: int, records: Array, lost: int, groups: Sequence[Group], capacity: int) -> Batch | None:
+        """The steps that ended in a window, as `feed` takes it. They are to be summarized before the next window is cut."""
         self.lost += lost
         self._rest_lost += lost
         marks = (records["flags"] & record.MARK) != 0
@@ -129,7 +145,7 @@ class Summarizer:
                 keep = len(records) - capacity // 8
                 self._keep(records[:keep])
                 self.begin = self._after(first, records, keep)
-            return []
+            return None
         end = int(places[-1]) + 1
         whole = records[:end]
         if self._rest is not None:
@@ -137,7 +153,7 @@ class Summarizer:
             places = places + len(self._rest)
             self._rest = None
         self.begin = self._after(first, records, end)
-        return self._sum(whole, places, groups)
+        return Batch(self, whole, places, groups)
 
     @staticmethod
     def _after(first: int, records: Array, count: int) -> int:
@@ -151,67 +167,117 @@ class Summarizer:
             kept = kept[len(kept) // 2 :]
         self._rest = kept
 
-    def _sum(self, records: Array, places: Array, groups: Sequence[Group]) -> list[Done]:
-        marks = (records["flags"] & record.MARK) != 0
-        ended_ns = records["entered_ns"][places].astype(np.int64)
-        began_ns = np.concatenate([[self._last_ns], ended_ns[:-1]])
-        if not began_ns[0]:  # the first step: from the first thing seen
-            began_ns[0] = min(int(records["entered_ns"].min()), int(ended_ns[0]))
-        count = len(places)
-        step_of = np.searchsorted(places, np.arange(len(records)))  # a mark belongs to the step that it ends
-        at = np.flatnonzero(~marks)
-        ops, op_step = records[at], step_of[at]
-        order = np.lexsort((ops["entered_ns"], op_step))
-        ops, op_step = ops[order], op_step[order]
-        self_us = _self_times(ops, op_step, began_ns, ended_ns)
-        wall_us = np.maximum(ended_ns - began_ns, 0) // 1000
-        parts = _parts(records[marks], step_of[marks], count)
-        cpu_us, delay_us = self.samples.between(began_ns, ended_ns)
-        bad = np.zeros(count, np.int64)
-        losses = marks & (records["op"] == record.LOSS)
-        np.bitwise_or.at(bad, step_of[losses], records["bytes"][losses].astype(np.int64))
-        device_us = np.bincount(op_step, ops["inside_us"].astype(np.float64), count).astype(np.int64)
-        words = _words(ops)
-        tables, timed = _group_steps(ops, words, op_step, groups, count)
-        program = _programs(ops, words, op_step, groups, count)
-        op_count = np.bincount(op_step, minlength=count)
-        numbers = records["bytes"][places].astype(np.int64) if self._numbered else self._count + 1 + np.arange(count)
-        done = []
-        rows = zip(
-            numbers.tolist(), ended_ns.tolist(), wall_us.tolist(), np.minimum(self_us, wall_us).tolist(), parts.T.tolist(), np.minimum(delay_us, wall_us).tolist(),
-            cpu_us.tolist(), device_us.tolist(), op_count.tolist(), (bad & 0xFF).tolist(), program.tolist(), tables, timed, strict=True,
-        )  # fmt: skip
-        for number, end, wall, own, part, delay, cpu, device, n, wrong, hashed, table, times in rows:
-            if n == 0 and wall < 1000 and count > 1:
-                continue  # the optimizer's own mark just before the first that is numbered
-            lost, self._rest_lost = self._rest_lost, 0
-            data, gc, checkpoint, evaluation, compiling, optimizer = part
-            summary = StepSummary(
-                self.rank, number, end, wall, own, data, gc, checkpoint, evaluation, compiling, optimizer, delay, cpu, device, n, lost, wrong,
-                0 if lost else hashed, [] if lost else table,
-            )  # fmt: skip
-            done.append(Done(summary, times))
-        self._count += count
+    def numbers(self, ends: Array) -> Array:
+        """What the steps that end with these marks are called; they count as told."""
+        counted = self._count + 1 + np.arange(len(ends))
+        self._count += len(ends)
+        return ends["bytes"].astype(np.int64) if self._numbered else counted
+
+    def began(self, records: Array, ended_ns: Array) -> Array:
+        """When the steps began that ended then: each where the one before ended, the very first with the first thing seen."""
+        first = self._last_ns or min(int(records["entered_ns"].min()), int(ended_ns[0]))
         self._last_ns = int(ended_ns[-1])
-        return done
+        return np.concatenate([[first], ended_ns[:-1]])
+
+    def take_lost(self) -> int:
+        """How many records were lost since this was asked before."""
+        lost, self._rest_lost = self._rest_lost, 0
+        return lost
 
 
-def _self_times(ops: Array, op_step: Array, began_ns: Array, ended_ns: Array) -> Array:
-    """Microseconds of each step in which the rank was at work of its own."""
-    entered = ops["entered_ns"].astype(np.int64)
-    returned = ops["returned_ns"].astype(np.int64)
+def summarize(batches: Sequence[Batch]) -> list[list[Done]]:
+    """Summaries of each batch's steps, of different ranks, in one pass over the records of all: a pass over a few records costs what its calls of NumPy cost."""
+    if not batches:
+        return []
+    records = np.concatenate([b.records for b in batches]) if len(batches) > 1 else batches[0].records
+    firsts = np.cumsum([0, *(len(b.records) for b in batches)])
+    places = np.concatenate([b.places + at for b, at in zip(batches, firsts, strict=False)])
+    steps = np.cumsum([0, *(len(b.places) for b in batches)])
+    spans = [*pairwise(steps.tolist())]
+    count = len(places)
+    rank_of = np.repeat(np.arange(len(batches)), np.diff(steps))
+    ended_ns = records["entered_ns"][places].astype(np.int64)
+    began_ns = np.concatenate([b.of.began(b.records, ended_ns[i:j]) for b, (i, j) in zip(batches, spans, strict=True)])
+    cpu_us, delay_us = (np.concatenate(parts) for parts in zip(*(b.of.samples.between(began_ns[i:j], ended_ns[i:j]) for b, (i, j) in zip(batches, spans, strict=True)), strict=True))
+    numbers = np.concatenate([b.of.numbers(records[places[i:j]]) for b, (i, j) in zip(batches, spans, strict=True)])
+    marks = (records["flags"] & record.MARK) != 0
+    step_of = np.searchsorted(places, np.arange(len(records)))  # a mark belongs to the step that it ends
+    at = np.flatnonzero(~marks)
+    ops, op_step = records[at], step_of[at]
+    order = np.lexsort((ops["entered_ns"], op_step))
+    ops, op_step = ops[order], op_step[order]
+    op_rank = rank_of[op_step]
+    self_us = _self_times(ops, op_step, began_ns, ended_ns, rank_of)
+    wall_us = np.maximum(ended_ns - began_ns, 0) // 1000
+    parts = _parts(records[marks], step_of[marks], count)
+    bad = np.zeros(count, np.int64)
+    losses = marks & (records["op"] == record.LOSS)
+    np.bitwise_or.at(bad, step_of[losses], records["bytes"][losses].astype(np.int64))
+    device_us = np.bincount(op_step, ops["inside_us"].astype(np.float64), count).astype(np.int64)
+    words = _words(ops)
+    groups = _Groups(batches)
+    tables, timed = _group_steps(ops, words, op_step, op_rank, rank_of, groups)
+    program = _programs(ops, words, op_step, op_rank, groups, count)
+    op_count = np.bincount(op_step, minlength=count)
+    rows = [*zip(
+        numbers.tolist(), ended_ns.tolist(), wall_us.tolist(), np.minimum(self_us, wall_us).tolist(), parts.T.tolist(), np.minimum(delay_us, wall_us).tolist(),
+        cpu_us.tolist(), device_us.tolist(), op_count.tolist(), (bad & 0xFF).tolist(), program.tolist(), tables, timed, strict=True,
+    )]  # fmt: skip
+    return [_done(b.of, rows[i:j]) for b, (i, j) in zip(batches, spans, strict=True)]
+
+
+def _done(of: Summarizer, rows: Sequence[tuple[Any, ...]]) -> list[Done]:
+    done = []
+    for number, end, wall, own, part, delay, cpu, device, n, wrong, hashed, table, times in rows:
+        if n == 0 and wall < 1000 and len(rows) > 1:
+            continue  # the optimizer's own mark just before the first that is numbered
+        lost = of.take_lost()
+        data, gc, checkpoint, evaluation, compiling, optimizer = part
+        summary = StepSummary(
+            of.rank, number, end, wall, own, data, gc, checkpoint, evaluation, compiling, optimizer, delay, cpu, device, n, lost, wrong,
+            0 if lost else hashed, [] if lost else table,
+        )  # fmt: skip
+        done.append(Done(summary, times))
+    return done
+
+
+class _Groups:
+    """The groups of several ranks, each rank's by its own numbers, as tables of [rank * 256 + number]."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.keys = np.zeros(256 * len(batches), np.uint64)
+        self.sizes = np.zeros(256 * len(batches), np.uint64)
+        self.known = np.zeros(256 * len(batches), np.bool_)
+        for at, b in zip(range(0, len(self.keys), 256), batches, strict=True):
+            its = slice(at, at + len(b.groups))
+            self.keys[its] = [g.key for g in b.groups]
+            self.sizes[its] = [g.size for g in b.groups]
+            self.known[its] = True
+
+
+def _apart(times_ns: Array, rank: Array, base_ns: int) -> Array:
+    """Times of several ranks on one line, each rank's in a stretch of its own: so that one search over all finds what is the rank's own."""
+    return np.asarray(np.clip(times_ns.astype(np.int64) - base_ns, 0, STRETCH_NS - 1) + rank * STRETCH_NS)
+
+
+def _self_times(ops: Array, op_step: Array, began_ns: Array, ended_ns: Array, rank_of: Array) -> Array:
+    """Microseconds of each step in which the rank was at work of its own. `rank_of`: each step's."""
+    op_rank = rank_of[op_step]
+    base_ns = int(began_ns.min())
     waited = (ops["flags"] & record.WAITED) != 0
-    over = ops["ended_ns"].astype(np.int64)
+    has_returned, is_over = ops["returned_ns"] > 0, ops["ended_ns"] > 0
+    entered, returned, over = (_apart(ops[name], op_rank, base_ns) for name in ("entered_ns", "returned_ns", "ended_ns"))
+    began_ns, ended_ns = _apart(began_ns, rank_of, base_ns), _apart(ended_ns, rank_of, base_ns)
     waits_us = ops["waited_us"].astype(np.int64)
     # Where a wait was seen, the call itself returned before it: only the wait's own interval counts, below.
-    syncs = np.sort(np.concatenate([began_ns, entered, returned[(returned > 0) & ~waited], over[(over > 0) & ~waited]]))
+    syncs = np.sort(np.concatenate([began_ns, entered, returned[has_returned & ~waited], over[is_over & ~waited]]))
     events = np.concatenate([entered, ended_ns])
     owner = np.concatenate([op_step, np.arange(len(ended_ns))])
     before = np.searchsorted(syncs, events, side="left") - 1
     sync = np.where(before >= 0, syncs[np.maximum(before, 0)], events)
     sync = np.maximum(sync, began_ns[owner])
     gaps = np.maximum(events - sync, 0)
-    seen = waited & (waits_us > 0) & (returned > 0)
+    seen = waited & (waits_us > 0) & has_returned
     if np.any(seen):
         ends = np.sort(returned[seen])
         spans = (waits_us[seen] * 1000)[np.argsort(returned[seen], kind="stable")]
@@ -247,44 +313,43 @@ def _words(ops: Array) -> Array:
     return np.asarray((ops["op"].astype(np.uint64) << np.uint64(56)) ^ (ops["dtype"].astype(np.uint64) << np.uint64(48)) ^ size)
 
 
-def _programs(ops: Array, words: Array, op_step: Array, groups: Sequence[Group], count: int) -> Array:
+def _programs(ops: Array, words: Array, op_step: Array, op_rank: Array, groups: _Groups, count: int) -> Array:
     """A hash of each step's operations in order, blind to which group of a size it is."""
-    sizes = np.zeros(256, np.uint64)
-    sizes[: len(groups)] = [g.size for g in groups]
     position = np.arange(len(ops)) - np.searchsorted(op_step, op_step)
-    hashes = mix(mix(words ^ (sizes[ops["group"]] << np.uint64(40))) ^ position.astype(np.uint64))
+    hashes = mix(mix(words ^ (groups.sizes[op_rank * 256 + ops["group"]] << np.uint64(40))) ^ position.astype(np.uint64))
     found = np.zeros(count, np.uint64)
     np.add.at(found, op_step, hashes)
     return found
 
 
-def _group_steps(ops: Array, words: Array, op_step: Array, groups: Sequence[Group], count: int) -> tuple[list[list[GroupStep]], list[Timed]]:
-    """What each group did in each step, and the collectives whose end is known."""
+def _group_steps(ops: Array, words: Array, op_step: Array, op_rank: Array, rank_of: Array, groups: _Groups) -> tuple[list[list[GroupStep]], list[Timed]]:
+    """What each group did in each step, and the collectives whose end is known. `rank_of`: each step's."""
+    count = len(rank_of)
     tables: list[list[GroupStep]] = [[] for _ in range(count)]
-    keys = np.zeros(256, np.uint64)
-    keys[: len(groups)] = [g.key for g in groups]
+    number = op_rank * 256 + ops["group"]
+    known = groups.known[number]
     timed_us = ops["inside_us"].astype(np.int64)
     until_ns = ops["ended_ns"].astype(np.int64)
     inside_ns = np.maximum(np.where(timed_us > 0, timed_us * 1000, np.where(until_ns > 0, until_ns - ops["entered_ns"].astype(np.int64), 0)), 0)
     one = (ops["flags"] & record.P2P) == 0
     cell = op_step * 256 + ops["group"]
     order = np.argsort(cell, kind="stable")
-    order = order[ops["group"][order] < len(groups)]
+    order = order[known[order]]
     if len(order):
         cell, one_, seqs = cell[order], one[order], ops["seq"][order].astype(np.int64)
         starts = np.flatnonzero(np.concatenate([[True], cell[1:] != cell[:-1]]))
         hashes = np.where(one_, mix(mix(words[order]) ^ seqs.astype(np.uint64)), np.uint64(0))
         columns = (
-            cell[starts].tolist(), np.maximum.reduceat(seqs * one_, starts).tolist(), np.add.reduceat(hashes, starts).tolist(),
-            np.add.reduceat(one_.astype(np.int64), starts).tolist(), np.add.reduceat(ops["bytes"][order].astype(np.int64), starts).tolist(),
-            (np.add.reduceat(inside_ns[order] * one_, starts) // 1000).tolist(), np.add.reduceat((~one_).astype(np.int64), starts).tolist(),
+            op_step[order[starts]].tolist(), groups.keys[number[order[starts]]].tolist(), np.maximum.reduceat(seqs * one_, starts).tolist(),
+            np.add.reduceat(hashes, starts).tolist(), np.add.reduceat(one_.astype(np.int64), starts).tolist(),
+            np.add.reduceat(ops["bytes"][order].astype(np.int64), starts).tolist(), (np.add.reduceat(inside_ns[order] * one_, starts) // 1000).tolist(),
+            np.add.reduceat((~one_).astype(np.int64), starts).tolist(),
         )  # fmt: skip
-        for c, seq, history, n, moved, inside_us, p2p in zip(*columns, strict=True):
-            tables[c // 256].append(GroupStep(groups[c % 256].key, seq, history, n, moved, inside_us, inside_us, p2p))
-    known = np.flatnonzero(one & (inside_ns > 0) & (ops["group"] < len(groups)))
-    known = known[np.argsort(op_step[known], kind="stable")]
-    cuts = np.searchsorted(op_step[known], np.arange(count + 1))
-    of, seq, spent = keys[ops["group"][known]], ops["seq"][known].astype(np.int64), inside_ns[known]
+        for step, key, seq, history, n, moved, inside_us, p2p in zip(*columns, strict=True):
+            tables[step].append(GroupStep(key, seq, history, n, moved, inside_us, inside_us, p2p))
+    told = np.flatnonzero(one & (inside_ns > 0) & known)  # in the order of steps, as the operations are
+    cuts = np.searchsorted(op_step[told], np.arange(count + 1))
+    of, seq, spent = groups.keys[number[told]], ops["seq"][told].astype(np.int64), inside_ns[told]
     timed = [Timed(of[a:b], seq[a:b], spent[a:b]) for a, b in pairwise(cuts)]
     return tables, timed
 

@@ -9,7 +9,7 @@ import pytest
 
 from ckptd.monitor import record
 from ckptd.monitor.ring import Group
-from ckptd.monitor.steps import Samples, Summarizer, join_node
+from ckptd.monitor.steps import Samples, Summarizer, join_node, summarize
 
 MS = 1_000_000
 ALL_REDUCE = record.OPS.index("all_reduce")
@@ -161,3 +161,45 @@ def test_summarizing_is_cheap():
         best = min(best, time.perf_counter() - began)
     print(f"{best / 60 * 1e6:.1f} us per step of 12 operations")
     assert best / 60 < 500e-6
+
+
+def random_run(rng: np.random.Generator, groups: int, numbered: bool, begin_ms: int) -> np.ndarray:
+    """Steps of operations in any order, waits seen and not, sends, marks of all kinds."""
+    run, t = Run(), begin_ms * MS
+    for step in range(int(rng.integers(2, 7))):
+        for _ in range(int(rng.integers(0, 9))):
+            t += int(rng.integers(0, 3 * MS))
+            inside = int(rng.integers(0, 4 * MS))
+            flags = int(rng.choice([0, record.WAITED | record.ASYNC, record.P2P, record.DEVICE]))
+            returned = t + inside if rng.random() < 0.8 else 0
+            ended = t + int(inside * rng.random()) if rng.random() < 0.8 else 0
+            run.op(t, returned, ended, flags=flags, waited_us=inside // 2000, op=int(rng.choice([ALL_REDUCE, SEND])), bytes_=int(rng.integers(1, 9)))
+            row = run.rows[-1]
+            run.rows[-1] = (*row[:9], int(rng.integers(0, groups + 1)), *row[10:13], int(rng.integers(0, 50)))
+        run.mark(record.DATA, t, t + MS)
+        run.mark(record.LOSS, t, value=int(rng.integers(0, 3)))
+        t += int(rng.integers(0, 3 * MS))
+        run.mark(record.STEP, t, value=40 + step, flags=record.NUMBERED if numbered else 0)
+    return run.records
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ranks_summed_at_once_are_as_summed_alone(seed):
+    """Same times, the same numbers for different groups, some numbered and some not, two windows each."""
+    rng = np.random.default_rng(seed)
+    ranks = int(rng.integers(1, 9))
+    alone, together = ([Summarizer(r) for r in range(ranks)] for _ in range(2))
+    groups = [[group(int(rng.integers(1, 1 << 60)), int(rng.integers(2, 9))) for _ in range(int(rng.integers(1, 4)))] for _ in range(ranks)]
+    windows = [[random_run(rng, len(groups[r]), r % 2 == 0, begin) for begin in (1000 * (r % 3), 2000)] for r in range(ranks)]
+    for r in range(ranks):
+        for s in (alone[r], together[r]):
+            for at in range(0, 4000, 7):
+                s.samples.add(at * MS, at * MS // (r + 2), at * MS // (r + 9))
+    for window in range(2):
+        lost = [int(rng.integers(0, 2)) for _ in range(ranks)]
+        of_each = [alone[r].feed(0, windows[r][window], lost[r], groups[r], 8192) for r in range(ranks)]
+        batches = [together[r].cut(0, windows[r][window], lost[r], groups[r], 8192) for r in range(ranks)]
+        of_all = summarize([b for b in batches if b is not None])
+        assert [[d.summary for d in done] for done in of_all] == [[d.summary for d in done] for done in of_each]
+        for a, b in zip([d for done in of_all for d in done], [d for done in of_each for d in done], strict=True):
+            assert all(np.array_equal(getattr(a.timed, n), getattr(b.timed, n)) for n in ("keys", "seqs", "inside_ns"))
