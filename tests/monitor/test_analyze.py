@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
 import pickle
 import threading
@@ -167,11 +169,23 @@ def test_where_nothing_can_be_written(tmp_path):
 
 # --- Flight Recorder --------------------------------------------------------------------------------------------------------
 
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["tests.forks"])
+"""Where ranks are forked from: a process that never had a group. torch's recorder is one per process, and a fork takes along what its parent recorded."""
+
 
 def dumped(directory, count, work, after_s=2.5):
-    """Dumps of real ranks: `work` runs in a thread of each; after a while all write what their recorders hold, whatever they stand in."""
+    """Dumps of real ranks: `work` (of this module) runs in a thread of each; after a while all write what their recorders hold, whatever they stand in."""
     directory.mkdir()
+    parent = FRESH.Process(target=_dump, args=(directory, count, work, after_s))
+    parent.start()
+    parent.join(60)
+    assert parent.exitcode == 0
+    assert len([*directory.iterdir()]) == 2 * count
+    return directory
 
+
+def _dump(directory, count, work, after_s):
     def rank_of(rank):
         import torch
         import torch.distributed as dist
@@ -188,8 +202,6 @@ def dumped(directory, count, work, after_s=2.5):
         os._exit(0)
 
     forks.ranks(count, rank_of, env={"TORCH_FR_BUFFER_SIZE": "2000"}, may_die=True)
-    assert len([*directory.iterdir()]) == 2 * count
-    return directory
 
 
 def concluded(files):
@@ -213,21 +225,22 @@ def evidence(finding):
     return {e.signal: e.value for e in finding.evidence}
 
 
-def test_a_missing_rank(tmp_path):
-    def work(rank, torch, dist):
-        x = torch.ones(16)
-        for _ in range(3):
-            dist.all_reduce(x)
-        if rank != 2:
-            dist.all_reduce(x)
+def without_rank_2(rank, torch, dist):
+    x = torch.ones(16)
+    for _ in range(3):
+        dist.all_reduce(x)
+    if rank != 2:
+        dist.all_reduce(x)
 
-    directory = dumped(tmp_path / "d", 3, work)
+
+def test_a_missing_rank(tmp_path):
+    directory = dumped(tmp_path / "d", 3, without_rank_2)
     _, (finding,), waits = both_forms(directory)
     assert (finding.kind, finding.ranks, finding.op, finding.victims) == ("hang", (2,), "all_reduce", (0, 1))
     told = evidence(finding)
     entered = finding.seq
     assert told["rank 2 entered"] == f"operation {entered - 1}: all_reduce of 16 Float" and told["rank 0 entered"].startswith(f"operation {entered}: ")
-    assert "test_analyze.py:" in told["rank 0 called it in"] and "in work" in told["rank 0 called it in"]
+    assert "test_analyze.py:" in told["rank 0 called it in"] and "in without_rank_2" in told["rank 0 called it in"]
     assert waits == [{"rank": r, "group": "0", "seq": entered, "op": "all_reduce", "for": [2]} for r in (0, 1)]
     # Without its dump nobody is guessed at.
     (directory / "trace_2").unlink()
@@ -238,41 +251,42 @@ def test_a_missing_rank(tmp_path):
     assert "dump" in findings[0].cause
 
 
+def without_rank_3(rank, torch, dist):
+    x = torch.ones(4)
+    rows = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    for _ in range(2):
+        dist.all_reduce(x, group=rows[rank // 2])
+        dist.all_reduce(x, group=columns[rank % 2])
+    if rank != 3:
+        dist.all_reduce(x, group=rows[rank // 2])
+        dist.all_reduce(x, group=columns[rank % 2])
+
+
 def test_the_root_of_several_groups(tmp_path):
     """A mesh of 2 x 2: rank 3 stays away from its row; its column waits for its row's other member only because of that."""
-
-    def work(rank, torch, dist):
-        x = torch.ones(4)
-        rows = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        columns = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-        for _ in range(2):
-            dist.all_reduce(x, group=rows[rank // 2])
-            dist.all_reduce(x, group=columns[rank % 2])
-        if rank != 3:
-            dist.all_reduce(x, group=rows[rank // 2])
-            dist.all_reduce(x, group=columns[rank % 2])
-
-    _, (finding,), waits = both_forms(dumped(tmp_path / "d", 4, work, after_s=4))
+    _, (finding,), waits = both_forms(dumped(tmp_path / "d", 4, without_rank_3, after_s=4))
     assert (finding.kind, finding.ranks) == ("hang", (3,))
     assert {(w["rank"], *w["for"]) for w in waits} == {(2, 3), (0, 2), (1, 3)}
 
 
+def odd_rank_2(what, rank, torch, dist):
+    x = torch.ones(16)
+    for _ in range(2):
+        dist.all_reduce(x)
+    odd = rank == 2
+    if what == "operation":
+        dist.broadcast(x, 2) if odd else dist.all_reduce(x)
+    elif what == "size":
+        dist.broadcast(torch.ones(32 if odd else 16), 0)
+    else:
+        dist.all_reduce(torch.ones(16, dtype=torch.int32) if odd else x)
+    dist.all_reduce(x)
+
+
 @pytest.mark.parametrize("what", ["operation", "size", "dtype"])
 def test_a_mismatch(tmp_path, what):
-    def work(rank, torch, dist):
-        x = torch.ones(16)
-        for _ in range(2):
-            dist.all_reduce(x)
-        odd = rank == 2
-        if what == "operation":
-            dist.broadcast(x, 2) if odd else dist.all_reduce(x)
-        elif what == "size":
-            dist.broadcast(torch.ones(32 if odd else 16), 0)
-        else:
-            dist.all_reduce(torch.ones(16, dtype=torch.int32) if odd else x)
-        dist.all_reduce(x)
-
-    _, findings, _ = both_forms(dumped(tmp_path / "d", 3, work))
+    _, findings, _ = both_forms(dumped(tmp_path / "d", 3, functools.partial(odd_rank_2, what)))
     finding = findings[0]
     assert (finding.kind, finding.ranks, finding.seq) == ("desync", (2,), findings[0].seq)
     told = evidence(finding)
@@ -280,31 +294,33 @@ def test_a_mismatch(tmp_path, what):
     assert (told["rank 2 entered"].partition(": ")[2], told["rank 0 entered"].partition(": ")[2]) == differs
 
 
-def test_gloo_records_no_sends(tmp_path):
-    def work(rank, torch, dist):
-        x = torch.ones(4)
-        if rank == 0:
-            dist.send(x, 1)
-        elif rank == 1:
-            dist.recv(x, 0)
-            dist.recv(x, 0)
+def one_send_two_receives(rank, torch, dist):
+    x = torch.ones(4)
+    if rank == 0:
+        dist.send(x, 1)
+    elif rank == 1:
+        dist.recv(x, 0)
+        dist.recv(x, 0)
 
-    job, findings, waits = both_forms(dumped(tmp_path / "d", 2, work))
+
+def test_gloo_records_no_sends(tmp_path):
+    job, findings, waits = both_forms(dumped(tmp_path / "d", 2, one_send_two_receives))
     assert (findings, waits) == ([], []) and all(s.p2p is None for by_rank in job.standings.values() for s in by_rank.values())
 
 
-def test_nothing_hangs(tmp_path):
-    def work(rank, torch, dist):
-        x = torch.ones(16)
-        for _ in range(300):
-            dist.all_reduce(x)
-        dist.all_gather([torch.ones(rank + 1) for rank in range(2)] if False else [torch.ones(4), torch.ones(4)], torch.ones(4))
-        dist.broadcast(x, 1)
-        dist.reduce_scatter_tensor(torch.ones(2), torch.ones(4))
-        dist.gather(torch.ones(3), [torch.ones(3), torch.ones(3)] if rank == 0 else None)
-        dist.barrier()
+def all_done(rank, torch, dist):
+    x = torch.ones(16)
+    for _ in range(300):
+        dist.all_reduce(x)
+    dist.all_gather([torch.ones(4), torch.ones(4)], torch.ones(4))
+    dist.broadcast(x, 1)
+    dist.reduce_scatter_tensor(torch.ones(2), torch.ones(4))
+    dist.gather(torch.ones(3), [torch.ones(3), torch.ones(3)] if rank == 0 else None)
+    dist.barrier()
 
-    directory = dumped(tmp_path / "d", 2, work)
+
+def test_nothing_hangs(tmp_path):
+    directory = dumped(tmp_path / "d", 2, all_done)
     job, findings, waits = both_forms(directory)
     assert (findings, waits) == ([], [])
     dumps = [(r, flight.read(p)) for r, p in flight.find(directory).items()]

@@ -26,7 +26,7 @@ def main() -> None:
     state = {"model": model_state, "optim": {"state": optim_state["state"]}}
     dcp.load(state, storage_reader=HuggingFaceStorageReader(images))
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict={**optim_state, "state": state["optim"]["state"]})
-    torchs_own = {"ckptd", "ckptd.errors", "ckptd.plugin"}  # what torch elastic loads by itself, where ckptd is installed: its list of rendezvous backends
+    torchs_own = {"ckptd", "ckptd.errors", "ckptd.plugin", "ckptd.autoload"}  # what torch loads by itself, where ckptd is installed: entry points for its elastic's rendezvous and for backends
     assert not [m for m in sys.modules if (m == "ckptd" or m.startswith("ckptd.")) and m not in torchs_own]
     found = {}
 
