@@ -19,8 +19,6 @@ ALONE = ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "a
 TWO = [*ALONE[:-1], "send", "recv", "all_reduce"]
 
 
-
-
 @pytest.fixture(scope="module")
 def alone():
     """A group of one: NCCL copies, or does nothing, and never asks a profiler."""

@@ -21,8 +21,8 @@ static int start(void *context, void **handle, void *d_) {
     *handle = NULL;
     wrong += *(int *)context != 4711 || !initialised;
     mine *parent = d->parent;
-    if (type == 64) {  // of a collective, or of a send or receive, whose events were not asked for
-        int bad = parent && (parent->magic != 42 || parent->type != 2);
+    if (type == 64) {  // of a collective, or of a send or receive: who asks for channels gets their parents too
+        int bad = parent && (parent->magic != 42 || (parent->type != 2 && parent->type != 4));
         channels++, wrong += bad, odd[1] += bad;
     }
     if (type == 2) {
