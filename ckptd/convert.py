@@ -4,7 +4,7 @@
 
 A *window* is at most WINDOW_BYTES of one target file: known bytes, and boxes of tensors that are fetched, cast and laid down. Windows are independent:
 `workers` threads fill them, each with a buffer and scratch memory of its own, which is all the memory that tensors ever take. CRCs and hashes are of
-windows and joined at the end, so that no file is written twice.
+windows and joined at the end, so that no file is written twice. What is stored more than once is compared beside that, by other threads.
 
 Invariants
 - nothing appears under the target's name before every byte is written, synced and (with `check`) read back through the target's own reader;
@@ -22,8 +22,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from typing import Self, cast
 
 import xxhash
 
@@ -50,7 +52,8 @@ from ckptd.reading import (
     taken,
     workers_for,
 )
-from ckptd.target import Target, write_at
+from ckptd.storage.direct import ALIGN_BYTES
+from ckptd.target import File, Target
 from ckptd.windows import Sums, Window, flat, windows
 
 __all__ = ["MEMORY_BYTES", "Progress", "Report", "convert", "report_text"]
@@ -113,84 +116,119 @@ def convert(  # noqa: PLR0913  one call does it all, and every setting has a nam
     write = write or WriteOptions()
     writer = format_named(to)
     place, found, checkpoint = open_checkpoint(source, read)
-    pool = Pool(workers_for(memory_bytes, workers))
     tell = _Teller(progress)
-    reading = Reading(place, checkpoint)
-    out: Target | None = None
-    try:
+    with _Comparing(Reading(place, checkpoint), memory_bytes, workers) as comparing, ExitStack() as stack:
+        pool = Pool(comparing.left)
+        stack.callback(pool.close)
         prove_bytes = getattr(found, "prove_bytes", None)
         if verify and prove_bytes is not None:
             prove_bytes(place, read or ReadOptions(), tell.at)
         tell.begin("compare", sum(r.box.numel * ITEM_BYTES[t.dtype] for t in checkpoint.tensors.values() for r in t.replicas))
-        checkpoint, roundings, plan, to_hash = _planned(reading, pool, view, lambda c: writer.write(c, write))
-        reading.close()
-        reading = Reading(place, checkpoint, roundings)
-        mark = _fingerprint(place, to, checkpoint, plan, write)
-        out = Target(target, single=plan.single, fingerprint=mark, sync=sync)
-        written, resumed, made = _write(plan.files, out, reading, pool, to_hash, tell)
-        if plan.finish is not None:
-            more, _, _ = _write(plan.finish(out.place()), out, reading, pool, {}, tell)
-            written += more
-        missing = {n: d for n, d in to_hash.items() if n not in made}
-        made |= hashes(reading, pool, missing, to_hash)
-        if check:
-            try:
-                _check(writer.read(out.place(), ReadOptions()), out, plan, (checkpoint, made, to_hash), pool, tell)
-            except BadBytes:
-                out.discard()
+        comparing.begin()
+
+        def attempt(other: Collection[str]) -> Report | None:
+            """All of it, if these weights are not their masters' rounding; None, and nothing is left, if the comparison says otherwise."""
+            checkpoint, roundings, plan = _planned(comparing.reading, other, view, lambda c: writer.write(c, write))
+            to_hash = _written(checkpoint, plan)
+            mark = _fingerprint(place, to, checkpoint, plan, write)
+            with Reading(place, checkpoint, roundings) as reading, closing(Target(target, single=plan.single, fingerprint=mark, sync=sync)) as out:
+                try:
+                    written, resumed, made = _write(plan.files, out, reading, pool, to_hash, tell, lambda: comparing.refutes(other))
+                    if plan.finish is not None:
+                        more, _, _ = _write(plan.finish(out.place()), out, reading, pool, {}, tell, lambda: comparing.refutes(other))
+                        written += more
+                except _RefutedError:
+                    out.discard()
+                    return None
+                if comparing.refutes(other, until_the_end=True):
+                    out.discard()
+                    return None
+                missing = {n: d for n, d in to_hash.items() if n not in made}
+                made |= hashes(reading, pool, missing, to_hash)
+                if check:
+                    try:
+                        _check(writer.read(out.place(), ReadOptions()), out, plan, (checkpoint, made, to_hash), pool, tell)
+                    except BadBytes:
+                        out.discard()
+                        raise
+                report = Report(
+                    place.label, target, found.name, to, len(checkpoint.tensors), reading.bytes_read, written, resumed, time.monotonic() - began,
+                    {n: (to_hash[n], made[n]) for n in sorted(made)}, list(plan.dropped), [*checkpoint.notes, *plan.notes], check,
+                )  # fmt: skip
+                out.publish(report_text(report))
+                return report
+
+        usual: Collection[str] = () if view is None else comparing.outcome()  # a view may change what it is given: it is asked once, when the outcome is known
+        try:
+            report = attempt(usual)
+        except CkptdError:
+            if not comparing.refutes(usual, until_the_end=True):
                 raise
-        notes = [*checkpoint.notes, *plan.notes]
-        report = Report(
-            place.label, target, found.name, to, len(checkpoint.tensors), reading.bytes_read, written, resumed, time.monotonic() - began,
-            {n: (to_hash[n], made[n]) for n in sorted(made)}, list(plan.dropped), notes, check,
-        )  # fmt: skip
-        out.publish(report_text(report))
-        return report
-    finally:
-        pool.close()
-        reading.close()
-        if out is not None:
-            out.close()
+            report = None
+        return report or cast(Report, attempt(comparing.outcome()))
+
+
+class _RefutedError(Exception):
+    """What was assumed of the source's weights is not so."""
+
+
+class _Comparing:
+    """What is stored twice is compared beside planning and writing, by threads of its own: nothing gets its name before they have ended.
+
+    The outcome is nearly always the same, that all weights are their masters' rounding; a conversion that assumed it is begun anew where it is not.
+    """
+
+    def __init__(self, reading: Reading, memory_bytes: int, workers: int | None) -> None:
+        """`left`: how many threads may write. Raises BadArgument where the memory is too small for one."""
+        self.reading = reading
+        self.left, beside = workers_for(memory_bytes, workers)
+        self._first = not beside
+        self._pool = Pool(beside or 1)
+        self._thread = ThreadPoolExecutor(1, "ckptd-compare")
+        self._outcome: Future[set[str]] | None = None
+
+    def begin(self) -> None:
+        """Compare; to the end, where the memory is too small for writing beside."""
+        self._outcome = self._thread.submit(self._compared)
+        if self._first:
+            wait([self._outcome])
+            self._pool.close()
+
+    def _compared(self) -> set[str]:
+        compare_replicas(self.reading, self._pool)
+        return differing(self.reading, self._pool)
+
+    def outcome(self) -> set[str]:
+        """The weights that are not their masters' rounding. Waits. Raises Divergent, and what reading raises."""
+        assert self._outcome is not None
+        return self._outcome.result()
+
+    def refutes(self, other: Collection[str], *, until_the_end: bool = False) -> bool:
+        """Whether the outcome is known to be another, an error perhaps; `until_the_end`: whether it is."""
+        assert self._outcome is not None
+        if not until_the_end and not self._outcome.done():
+            return False
+        return self._outcome.exception() is not None or self._outcome.result() != {*other}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.close()  # else an interrupted conversion would compare to the end
+        self._thread.shutdown()
+        self.reading.close()
 
 
 def _planned(
-    reading: Reading, pool: Pool, view: Callable[[Checkpoint], Checkpoint] | None, write: Callable[[Checkpoint], Plan]
-) -> tuple[Checkpoint, Mapping[str, Tensor], Plan, dict[str, str]]:
-    """Compare what is stored twice; (what is to be written, its tensors that the source has in 16 bits too, the plan, tensor -> dtype in the target).
-
-    Threads compare while this one plans for the usual outcome, that all weights are their masters' rounding. Nothing is written before they have ended.
-    A view may change what it is given, so it is asked once, when the outcome is known.
-    """
-    source = reading.checkpoint
-
-    def compared() -> set[str]:
-        compare_replicas(reading, pool)
-        return differing(reading, pool)
-
-    def planned(other: Collection[str]) -> tuple[Checkpoint, Mapping[str, Tensor], Plan, dict[str, str]]:
-        checkpoint = settled_with(reading, other)
-        roundings = {w: source.tensors[w] for w, _ in source.pairs if w not in other}
-        if view is not None:
-            checkpoint, roundings = view(checkpoint), {}
-            checkpoint.prove()
-        plan = write(checkpoint)
-        return checkpoint, roundings, plan, _written(checkpoint, plan)
-
+    source: Reading, other: Collection[str], view: Callable[[Checkpoint], Checkpoint] | None, write: Callable[[Checkpoint], Plan]
+) -> tuple[Checkpoint, Mapping[str, Tensor], Plan]:
+    """What is to be written, its tensors that the source has in 16 bits too, and the plan. `other`: weights that are not their masters' rounding."""
+    checkpoint = settled_with(source, other)
+    roundings = {w: source.checkpoint.tensors[w] for w, _ in source.checkpoint.pairs if w not in other}
     if view is not None:
-        return planned(compared())
-    with ThreadPoolExecutor(1, "ckptd-compare") as beside:
-        comparing = beside.submit(compared)
-        try:
-            try:
-                guess = planned(())
-            except CkptdError:
-                if not comparing.result():
-                    raise
-            other = comparing.result()
-        except BaseException:
-            pool.close()  # else an interrupted conversion would compare to the end
-            raise
-    return planned(other) if other else guess
+        checkpoint, roundings = view(checkpoint), {}
+        checkpoint.prove()
+    return checkpoint, roundings, write(checkpoint)
 
 
 def report_text(report: Report) -> bytes:
@@ -252,7 +290,7 @@ class _Writing:
         self._files = files
         self._out = out
         self._hashed = hashed
-        self._fds: dict[int, int] = {}
+        self._open: dict[int, File] = {}
         self._left: dict[int, int] = {}
         self._sums: dict[int, Sums] = {}
         self._sizes = [f.nbytes for f in files]
@@ -264,7 +302,7 @@ class _Writing:
         """All windows, file by file; a file is made when its first one is asked for."""
         for number, file in enumerate(self._files):
             if not self._small[number]:
-                self._fds[number] = self._out.open(file.name, self._sizes[number])
+                self._open[number] = self._out.open(file.name, self._sizes[number])
             self._sums[number] = Sums()
             self._left[number] = 1  # more are to come
             for window in windows(number, file, self._hashed):
@@ -276,20 +314,20 @@ class _Writing:
     def fill(self, window: Window, reading: Reading, pool: Pool) -> tuple[list[tuple[str, int, int, int]], list[bytes]]:
         """In a thread: the window's bytes, to its place. Returns CRCs (mark, place, CRC, bytes) and the hashes of its blocks."""
         lane = pool.lane
+        buffer = lane.buffer[window.begin % ALIGN_BYTES :]  # as it lies in the file: whole pages need not be copied to be written
         for piece in window.pieces:
-            here = lane.buffer[piece.at : piece.at + piece.nbytes]
+            here = buffer[piece.at : piece.at + piece.nbytes]
             if piece.take is not None:
                 taken(reading, piece.take, here, lane)
             else:
                 here[:] = piece.data if piece.data is not None else bytes(piece.nbytes)
-        crcs = [(mark, window.begin + at, crc32(lane.buffer[at : at + size]), size) for mark, at, size in window.marks]
+        crcs = [(mark, window.begin + at, crc32(buffer[at : at + size]), size) for mark, at, size in window.marks]
         if self._small[window.file]:
             for at, data in self._sealed(window.file, {mark: crc for mark, _, crc, _ in crcs}):
-                lane.buffer[at : at + len(data)] = data
-            self._out.put(self._files[window.file].name, lane.buffer[: window.nbytes])
-        else:
-            write_at(self._fds[window.file], lane.buffer[: window.nbytes], window.begin)
-        return crcs, [xxhash.xxh3_128_digest(lane.buffer[at : at + size]) for _, _, at, size in window.blocks]
+                buffer[at : at + len(data)] = data
+            self._open[window.file] = self._out.open(self._files[window.file].name, window.nbytes, whole=True)
+        self._open[window.file].write(buffer[: window.nbytes], window.begin)
+        return crcs, [xxhash.xxh3_128_digest(buffer[at : at + size]) for _, _, at, size in window.blocks]
 
     def filled(self, window: Window, crcs: list[tuple[str, int, int, int]], digests: list[bytes]) -> None:
         """A window is done; with the last one of a file, the file is."""
@@ -305,12 +343,10 @@ class _Writing:
             if self._left[number]:
                 return
         sums, name, size = self._sums.pop(number), self._files[number].name, self._sizes[number]
-        if self._small[number]:
-            self._out.remember(name, size)
-            return
-        for at, data in self._sealed(number, sums.joined()):
-            write_at(self._fds[number], data, at)
-        self._out.done(name, self._fds.pop(number), size)
+        if not self._small[number]:
+            for at, data in self._sealed(number, sums.joined()):
+                self._open[number].write(data, at)
+        self._out.done(name, self._open.pop(number), size)
 
     def _sealed(self, number: int, crcs: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
         """(place, bytes) of what follows from the CRCs."""
@@ -322,14 +358,14 @@ class _Writing:
 
     def close(self) -> None:
         """Close what an error left open."""
-        for fd in self._fds.values():
-            os.close(fd)
+        for file in self._open.values():
+            file.close()
 
 
 def _write(
-    files: Sequence[OutFile], out: Target, reading: Reading, pool: Pool, to_hash: Mapping[str, str], tell: _Teller
+    files: Sequence[OutFile], out: Target, reading: Reading, pool: Pool, to_hash: Mapping[str, str], tell: _Teller, refuted: Callable[[], bool]
 ) -> tuple[int, int, dict[str, str]]:
-    """Fill the files. Returns bytes written, bytes that were there, and the hashes that were made on the way."""
+    """Fill the files. Returns bytes written, bytes that were there, and the hashes that were made on the way. Raises StoreFailed, and _RefutedError once it is so."""
     todo = [f for f in files if out.resumed.get(f.name) != f.nbytes]
     writing = _Writing(todo, out, _whole(reading.checkpoint, todo, to_hash))
     total = sum(f.nbytes for f in todo)
@@ -338,6 +374,9 @@ def _write(
         for window, (crcs, digests) in pool.map(lambda w: writing.fill(w, reading, pool), writing.windows()):
             writing.filled(window, crcs, digests)
             tell.more(window.nbytes)
+            if refuted():
+                raise _RefutedError
+        out.settle()
     except OSError as e:
         msg = f"{out.work} cannot be written: {e.strerror}"
         raise StoreFailed(msg, remedy="free some room and run the same command again: complete files are kept") from e

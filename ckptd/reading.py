@@ -10,6 +10,7 @@ Memory that tensors take is `workers` times (3 windows and the scratch), whateve
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat as stat_of
 import threading
@@ -33,6 +34,7 @@ from ckptd.core.image import ITEM_BYTES
 from ckptd.core.logical import FILL, LITERAL, STATE, Checkpoint, Row, Tensor
 from ckptd.errors import BadArgument, Divergent, StoreFailed
 from ckptd.formats import Format, Place, ReadOptions, place_of, recognise
+from ckptd.storage.direct import ALIGN_BYTES
 
 WINDOW_BYTES = 4 << 20
 """Also the block of a tensor's hash: windows of a whole tensor begin at its multiples."""
@@ -222,7 +224,7 @@ class Lane(threading.local):
     """A thread's memory."""
 
     def __init__(self) -> None:
-        self.buffer = memoryview(bytearray(BUFFER_BYTES))
+        self.buffer = memoryview(mmap.mmap(-1, BUFFER_BYTES + ALIGN_BYTES))  # whole pages of it can be written past the page cache
         self.second = memoryview(bytearray(2 * WINDOW_BYTES))  # a window before its cast is at most twice as large
         self.scratch = memoryview(bytearray(SCRATCH_BYTES))
 
@@ -287,14 +289,16 @@ class Pool:
         self._threads.shutdown(cancel_futures=True)
 
 
-def workers_for(memory_bytes: int, workers: int | None) -> int:
-    """How many threads fit. Raises BadArgument where not even one does."""
+def workers_for(memory_bytes: int, workers: int | None) -> tuple[int, int]:
+    """How many threads fit for the work, and how many beside it for comparing (perhaps none). Raises BadArgument where not even one does."""
     each = 3 * WINDOW_BYTES + SCRATCH_BYTES
     fits = (memory_bytes - BASE_BYTES) // each
     if fits < 1:
         msg = f"{memory_bytes >> 20} MiB are too few"
         raise BadArgument(msg, remedy=f"--memory of at least {(BASE_BYTES + each >> 20) + 1} MiB")
-    return int(min(fits, workers or min(8, len(os.sched_getaffinity(0)))))
+    wanted = workers or min(8, 2 * len(os.sched_getaffinity(0)))  # half of them wait for a disk
+    beside = min((wanted + 1) // 2, int(fits) // 3)
+    return int(min(fits - beside, wanted)), beside
 
 
 # --- hashes, replicas, masters ----------------------------------------------------------------------------------------------

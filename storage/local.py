@@ -9,11 +9,9 @@ Invariants
 - an fsync error poisons the file. The kernel reports it once and drops the dirty pages (Rebello et al., "Can Applications Recover
   from fsync Failures?", ATC 2020), so a second fsync that succeeds proves nothing: the bytes are written anew under a new name, once.
 
-Bulk data goes past the page cache (O_DIRECT) straight from the caller's memory: a checkpoint of the size of the node's memory
-would otherwise push out the data loader's pages, and its read-back would come from the cache and prove nothing about the disk.
+Bulk data goes past the page cache (`direct.py`).
 
 Things that don't work
-- posix_fallocate: where the file system has no fallocate (NFS before 4.2), glibc writes a byte into every block instead.
 - rename for exclusive puts: it replaces silently. link(2) refuses, on every file system that has hard links; where there are none we
   look first and then rename, which leaves two writers in the same instant a race (the file is whole in any case).
 - Open file descriptors kept per folder: they go stale on NFS and keep deleted folders alive. A walk costs microseconds.
@@ -21,7 +19,6 @@ Things that don't work
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -33,19 +30,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TypeAlias
 
-import numpy as np
-
 from ckptd.errors import BadArgument, CkptdError, NotFound, StoreFailed
 from ckptd.storage import Data, Stat, Writer, check_name, is_temporary, parts_of
+from ckptd.storage.direct import PIECE_BYTES, DirectFile, reserve
 
 __all__ = ["LocalStore"]
 
-ALIGN_BYTES = 4096
-"""What O_DIRECT asks of address, offset and length on every disk of today (logical blocks are 512 or 4096 bytes)."""
 DIRECT_BYTES_MIN = 8 << 20
 """Below this the page cache does no harm, and a single direct write is slower than a cached one."""
-PIECE_BYTES = 16 << 20
-"""One write call: long enough to keep a disk busy, short enough that a signal is answered."""
 STALE_AFTER_S = 3600.0
 """A temporary that nobody wrote to for this long and nobody holds locked was left by a dead process."""
 UNSYNCED_RETRIES = 1
@@ -78,8 +70,6 @@ _REMEDIES = {
 # Inside the class `list` is the method.
 _Stats: TypeAlias = list[Stat]
 _Descriptors: TypeAlias = list[int]
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _UnsyncedError(OSError):
@@ -308,6 +298,7 @@ class _LocalWriter(Writer):
             self._folders = stack.enter_context(store._folders(components[:-1], make=True))  # noqa: SLF001  one of its two halves
             self._fd = os.open(self._temporary, _CREATE, 0o644, dir_fd=self._folders[-1])
             stack.callback(self._leave)
+            self._file = stack.enter_context(DirectFile(self._fd, DIRECT_BYTES_MIN))
             with suppress(OSError):
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._stack = stack.pop_all()
@@ -336,7 +327,7 @@ class _LocalWriter(Writer):
 
     def _flush(self) -> None:
         with self._store._explained("write", self._name), memoryview(self._gathered) as gathered:  # noqa: SLF001
-            _write_at(self._fd, gathered[: self._filled], self._at)
+            self._file.write(gathered[: self._filled], self._at)
         self._at += self._filled
         self._filled = 0
 
@@ -377,56 +368,12 @@ def _sync_all(folders: Sequence[int]) -> None:
 
 def _fill(fd: int, parts: Sequence[memoryview]) -> None:
     """Write the parts one after the other into the empty file `fd`."""
-    _reserve(fd, sum(len(p) for p in parts))
+    reserve(fd, sum(len(p) for p in parts))
     at = 0
-    for part in parts:
-        _write_at(fd, part, at)
-        at += len(part)
-
-
-def _write_at(fd: int, part: memoryview, at: int) -> None:
-    done = _write_direct(fd, part, at)
-    while done < len(part):
-        n = os.pwrite(fd, part[done : done + PIECE_BYTES], at + done)
-        if n == 0:
-            raise OSError(errno.EIO, "the file system takes no more bytes and gives no reason")
-        done += n
-
-
-def _write_direct(fd: int, part: memoryview, at: int) -> int:
-    """Write as much of `part` past the page cache as goes; returns how many bytes that was."""
-    if len(part) < DIRECT_BYTES_MIN or at % ALIGN_BYTES or _address(part) % ALIGN_BYTES:
-        return 0
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    whole = len(part) // ALIGN_BYTES * ALIGN_BYTES
-    done = 0
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
-        while done < whole:
-            n = os.pwrite(fd, part[done : min(done + PIECE_BYTES, whole)], at + done)
-            done += n
-            if n == 0 or n % ALIGN_BYTES:
-                break  # the rest is no longer aligned
-    except OSError as e:
-        if e.errno != errno.EINVAL:  # EINVAL: this file system, or this disk's block size, has no direct writes for us
-            raise
-    finally:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
-    return done
-
-
-def _address(part: memoryview) -> int:
-    address: int = np.frombuffer(part, np.uint8).ctypes.data
-    return address
-
-
-def _reserve(fd: int, size_bytes: int) -> None:
-    """Ask for the space before the first byte, so that a full disk is told at once and not after forty gigabytes."""
-    if size_bytes == 0 or _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size_bytes)) == 0:
-        return
-    code = ctypes.get_errno()
-    if code not in {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR, errno.ENODEV}:
-        raise OSError(code, os.strerror(code))
+    with DirectFile(fd, DIRECT_BYTES_MIN) as file:
+        for part in parts:
+            file.write(part, at)
+            at += len(part)
 
 
 def _sweep(folder: int, temporary: str) -> None:

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     began_s = time.monotonic()
     hints = {"views": "bytes", **foreign.settings(args.hint, "--hint")}
     line = foreign.Line(shown=not (args.json or args.quiet))
-    pool = Pool(workers_for(MEMORY_BYTES, None))
+    pool = Pool(workers_for(MEMORY_BYTES, None)[0])
     opened: list[foreign.Opened] = []
     try:
         for path, tag, view in ((args.a, args.tag_a, args.view), (args.b, args.tag_b, "")):

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     began_s = time.monotonic()
     place, found, checkpoint = open_checkpoint(args.path, foreign.read_options(args))
     line = foreign.Line(shown=not (args.json or args.quiet))
-    pool = Pool(workers_for(MEMORY_BYTES, None))
+    pool = Pool(workers_for(MEMORY_BYTES, None)[0])
     try:
         with Reading(place, checkpoint) as reading:
             scan = _Scan(reading, pool)

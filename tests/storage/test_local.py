@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import secrets
@@ -18,6 +19,7 @@ import pytest
 
 from ckptd.errors import CkptdError, NotFound, StoreFailed
 from ckptd.storage import is_temporary, local
+from ckptd.storage.direct import DirectFile, reserve
 from ckptd.storage.local import LocalStore
 from tests.storage.contract import Contract
 from tests.storage.helpers import read
@@ -62,8 +64,8 @@ def test_bulk_data_goes_past_the_page_cache(store, monkeypatch, size, shift):
     memory = memoryview(mmap.mmap(-1, size + 4096))[shift : shift + size]
     memory[:8], memory[-8:] = b"begin..\n", b"the end\n"
     direct = []
-    real = local._write_direct
-    monkeypatch.setattr(local, "_write_direct", lambda *a: direct.append(real(*a)) or direct[-1])
+    real = DirectFile.write
+    monkeypatch.setattr(DirectFile, "write", lambda *a: direct.append(real(*a)) or direct[-1])
     store.put("a/x", memory)
     assert direct in ([size // 4096 * 4096], [0]) if shift == 0 else direct == [0]
     print(f"O_DIRECT wrote {direct} of {size} bytes")
@@ -75,7 +77,7 @@ def test_direct_writes_that_the_file_system_refuses_are_made_through_the_cache(s
     refused = []
 
     def pwrite(fd, data, at):
-        if local.fcntl.fcntl(fd, local.fcntl.F_GETFL) & os.O_DIRECT and at >= 16 * MB:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT and at >= 16 * MB:
             refused.append(at)
             raise OSError(errno.EINVAL, "no direct writes here")
         return real(fd, data, at)
@@ -445,8 +447,8 @@ def test_reserving_space_tolerates_what_has_none(monkeypatch):
     os.close(reading)
     try:
         with pytest.raises(OSError, match="seek"):
-            local._reserve(writing, 10)
+            reserve(writing, 10)
     finally:
         os.close(writing)
     monkeypatch.setattr(ctypes, "get_errno", lambda: errno.EOPNOTSUPP)
-    local._reserve(writing, 10)
+    reserve(writing, 10)
