@@ -54,6 +54,8 @@ NOISIER = 9.0
 RUN = 4
 """Steps in a row that make an episode; EPISODES of them, of one rank, make it intermittent."""
 EPISODES = 3
+EARLY = 400
+"""Steps until a baseline is known well enough to tell noise with a long memory from what it has not learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ class Stragglers:
         self.episodes = np.zeros(r)
         self.own = np.zeros(r)
         """Compute of ranks without role peers: their own usual time."""
+        self._last = np.zeros((2, 2, r))
+        """Means of the last 10 and of the last 40 steps, by series and rank."""
         self._walls: list[float] = []
         self._first: list[Array] = []
 
@@ -255,20 +259,26 @@ class Stragglers:
             self.middles_var = OF_MEDIAN * self.middle_var / 10.0
 
     def _noise(self) -> None:
-        """One more block of 10: its mean's square is one sample of the variance of such means; of steps, their squares."""
+        """One more block of 10. How far its mean lies from the last one's is a sample of the variance of such means: a rank that has become slow changes once, and does not hide in it."""
         rows = self._clipped(10)
         means = rows.mean(axis=1)
         self.blocks += 1
+        change = (means - self._last[0]) / np.sqrt(2.0)
         far = 4.0 if self.blocks <= 6 else 2.5  # later, what a rank does more and more often is not its noise
-        usual = np.abs(means) < far * np.sqrt(np.maximum(self.block_var, self.step_var / 10.0)) + 1e-9
+        usual = np.abs(change) < far * np.sqrt(np.maximum(self.block_var, self.step_var / 10.0)) + 1e-9
         weight = np.where(self.flagged | ~usual, 0.02 * usual, 1.0 / min(self.blocks + 2.0, 50.0))
-        self.block_var += weight * (means**2 - self.block_var)
+        if self.blocks > 1:
+            self.block_var += weight * (change**2 - self.block_var)
+        self._last[0] = means
         self.step_var += weight * (rows.var(axis=1) - self.step_var)
         self._middles(rows[0])
         if self.count % 40 == 0 and self.count >= 80:
-            squares = self._clipped(40).mean(axis=1) ** 2
-            now = 2.2 * median(squares, axis=1)  # the median of a squared normal is 0.455 of its variance
-            self.wide_var += (now - self.wide_var) / min(self.count / 40.0 - 1.0, 20.0)
+            means = self._clipped(40).mean(axis=1)
+            known = self.count > EARLY  # before, what the baseline does not know yet would count as noise
+            now = 2.2 * median(means**2 if known else (means - self._last[1]) ** 2 / 2.0, axis=1)  # the median of a squared normal is 0.455 of its variance
+            self._last[1] = means
+            if self.count >= 120:
+                self.wide_var += (now - self.wide_var) / min(self.count / 40.0 - 2.0, 20.0)
 
     def _middles(self, rows: Array) -> None:
         """The same for the short window, which looks at medians: what a spike adds to a mean is no noise of theirs."""
