@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -165,7 +164,7 @@ def convert(  # noqa: PLR0913  one call does it all, and every setting has a nam
             if not comparing.refutes(usual, until_the_end=True):
                 raise
             report = None
-        return report or cast(Report, attempt(comparing.outcome()))
+        return report or cast("Report", attempt(comparing.outcome()))
 
 
 class _RefutedError(Exception):
@@ -185,7 +184,7 @@ class _Comparing:
         self._first = not beside
         self._pool = Pool(beside or 1)
         self._thread = ThreadPoolExecutor(1, "ckptd-compare")
-        self._outcome: Future[set[str]] | None = None
+        self._outcome: Future[set[str]] = Future()
 
     def begin(self) -> None:
         """Compare; to the end, where the memory is too small for writing beside."""
@@ -200,12 +199,10 @@ class _Comparing:
 
     def outcome(self) -> set[str]:
         """The weights that are not their masters' rounding. Waits. Raises Divergent, and what reading raises."""
-        assert self._outcome is not None
         return self._outcome.result()
 
     def refutes(self, other: Collection[str], *, until_the_end: bool = False) -> bool:
         """Whether the outcome is known to be another, an error perhaps; `until_the_end`: whether it is."""
-        assert self._outcome is not None
         if not until_the_end and not self._outcome.done():
             return False
         return self._outcome.exception() is not None or self._outcome.result() != {*other}

@@ -35,7 +35,7 @@ from ckptd.monitor import probes, record, recorded, report
 from ckptd.monitor.engine import Ask, Concluded, Engine, Past
 from ckptd.monitor.engine import Settings as EngineSettings
 from ckptd.monitor.ring import Group, Ring
-from ckptd.monitor.steps import Done, Summarizer, join_node, summarize
+from ckptd.monitor.steps import Done, Summarizer, join_node, recent_signatures, summarize
 
 if TYPE_CHECKING:
     from ckptd.daemon import Client, Daemon
@@ -52,6 +52,8 @@ IDLE_MS = 1000
 """A rank that has not moved for this long tells in which operation of which group it stands."""
 JOIN_S = 2.0
 """A step waits this long for the node's other ranks."""
+RECENT_RECORDS = 256
+"""Looked through for what a rank that stands still entered before."""
 VERDICTS_KEPT = 64
 SHOWN_S = 3600.0
 IDS = 10_000
@@ -648,10 +650,12 @@ def _open_ops(ring: Ring, now_ns: int) -> list[report.OpenOp]:
     def ago_ms(then_ns: int) -> int:
         return max(0, now_ns - then_ns) // 1_000_000 if then_ns else 0
 
+    head = ring.word("head")
+    recent = recent_signatures(ring.read(max(0, head - RECENT_RECORDS)).records, report.RECENT_MAX)
     return [
         report.OpenOp(
             g.key, g.entered, g.done, g.op, g.dtype, g.bytes, g.signature, g.history, ago_ms(g.entered_ns),
-            g.p2p_op, g.p2p_open, g.p2p_peer, g.p2p_entered, g.p2p_done, ago_ms(g.p2p_ns),
+            g.p2p_op, g.p2p_open, g.p2p_peer, g.p2p_entered, g.p2p_done, ago_ms(g.p2p_ns), recent.get(i, []),
         )
-        for g in ring.groups()
+        for i, g in enumerate(ring.groups())
     ]  # fmt: skip

@@ -239,21 +239,28 @@ def odd_ones(values: Mapping[int, int]) -> list[int]:
 
 
 def _odd_of_job(values: Mapping[int, int], rows: Mapping[int, Mapping[int, OpenOp]], key: int) -> list[int]:
-    """The same in a group without a majority: what groups of its size entered at this place of theirs says what is usual; else the kinds of operations of the job do.
+    """The same in a group without a majority: what groups of its size entered at this place of theirs, where they stand or before, says what is usual; else the kinds of operations of the job do.
 
     (What they entered elsewhere does not: who left an operation out stands in one that the others will come to.)
     """
     by_rank = rows[key]
     level, size = next(by_rank[r].entered for r in values), len(by_rank)
-    alike = [row for k, by in rows.items() if k != key and len(by) == size for row in by.values() if row.entered == level]
     ops = Counter(row.op for k, by in rows.items() if k != key for row in by.values() if row.entered)
-    signatures = Counter(row.signature for row in alike)
+    signatures = Counter(_signature_at(row, level) for k, by in rows.items() if k != key and len(by) == size for row in by.values())
     for weight in ({r: signatures[by_rank[r].signature] for r in values}, {r: ops[by_rank[r].op] for r in values}):
         most = max(weight.values())
         odd = sorted(r for r, w in weight.items() if w < most)
         if odd:
             return odd
     return []
+
+
+def _signature_at(row: OpenOp, level: int) -> int:
+    """Of what it entered as number `level`; 0 where that is not known."""
+    back = row.entered - level
+    if back == 0:
+        return row.signature
+    return row.recent[back - 1] if 0 < back <= len(row.recent) else 0
 
 
 def _words(row: OpenOp) -> str:

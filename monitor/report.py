@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 GROUPS_MAX = 64
+RECENT_MAX = 16
 RANKS_MAX = 1 << 16
 STEPS_MAX = 4096
 """Of one report: 8 ranks with steps of 2 ms, told once a second."""
@@ -112,6 +113,8 @@ class OpenOp(msgspec.Struct, frozen=True, array_like=True):
     p2p_entered: int = 0
     p2p_done: int = 0
     p2p_since_ms: int = 0
+    recent: Annotated[list[int], Meta(max_length=RECENT_MAX)] = []
+    """Signatures of the collectives before the newest, the newest of these first."""
 
 
 class Pulse(msgspec.Struct, frozen=True):

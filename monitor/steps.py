@@ -313,6 +313,19 @@ def _words(ops: Array) -> Array:
     return np.asarray((ops["op"].astype(np.uint64) << np.uint64(56)) ^ (ops["dtype"].astype(np.uint64) << np.uint64(48)) ^ size)
 
 
+def recent_signatures(records: Array, count: int) -> dict[int, list[int]]:
+    """Group (by its number in the ring) -> signatures of the last collectives before its newest, at most `count`, the newest of them first, as the ring's writer hashes them."""
+    ops = records[(records["flags"] & (record.MARK | record.P2P)) == 0]
+    signs, numbers = mix(_words(ops)), ops["seq"].astype(np.int64)
+    found: dict[int, list[int]] = {}
+    for group in np.unique(ops["group"]).tolist():
+        at = np.flatnonzero(ops["group"] == group)
+        at = at[np.argsort(numbers[at], kind="stable")][-count - 1 :]
+        gaps = np.flatnonzero(np.diff(numbers[at]) != 1)  # what was lost is not skipped over
+        found[group] = signs[at[int(gaps[-1]) + 1 if len(gaps) else 0 : -1]][::-1].tolist()
+    return found
+
+
 def _programs(ops: Array, words: Array, op_step: Array, op_rank: Array, groups: _Groups, count: int) -> Array:
     """A hash of each step's operations in order, blind to which group of a size it is."""
     position = np.arange(len(ops)) - np.searchsorted(op_step, op_step)

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.simjobs import MICROBATCHES, Kind, Layout, Sim, kinds_of
 from ckptd.monitor import record
-from ckptd.monitor.report import GroupInfo, OpenOp, Pulse, RankInfo
+from ckptd.monitor.report import RECENT_MAX, GroupInfo, OpenOp, Pulse, RankInfo
 
 SEND, RECV, BROADCAST = (record.OPS.index(n) for n in ("send", "recv", "broadcast"))
 F32 = record.DTYPES.index("f32")
@@ -50,6 +50,8 @@ class Place:
     p2p: int = 0
     p2p_done: int = 0
     p2p_last: Op | None = None
+    signs: list[int] = field(default_factory=list)
+    """Of all that it entered here."""
 
 
 @dataclass
@@ -80,11 +82,12 @@ class Stall:
         last, pair = p.last, p.p2p_last
         base = self.base.get(key, 0)
         row = OpenOp(
-            key, base + p.entered, base + p.done, last.op if last else 0, F32 if last else 0, last.nbytes if last else 0, _signature(last) if last else 0, p.history, ms
-        )
+            key, base + p.entered, base + p.done, last.op if last else 0, F32 if last else 0, last.nbytes if last else 0, _signature(last) if last else 0, p.history, ms,
+            recent=p.signs[-2::-1][:RECENT_MAX],
+        )  # fmt: skip
         if pair is None:
             return row
-        return OpenOp(*_fields(row), pair.op, p.p2p > p.p2p_done, pair.peer, p.p2p, p.p2p_done, ms)
+        return OpenOp(*_fields(row), pair.op, p.p2p > p.p2p_done, pair.peer, p.p2p, p.p2p_done, ms, row.recent)
 
 
 def _fields(row: OpenOp) -> tuple[int, int, int, int, int, int, int, int, int]:
@@ -203,6 +206,7 @@ def run(todo: list[list[Op]], members: dict[int, list[int]], halt: dict[int, tup
                 if op.peer >= 0:
                     place.p2p, place.p2p_last = place.p2p + 1, op
                 else:
+                    place.signs.append(_signature(op))
                     place.entered, place.last, place.history = place.entered + 1, op, (place.history * 31 + _signature(op)) & (1 << 63) - 1
             frozen = stop is not None and stop[1] and at == stop[0]
             if frozen or not _ends(r, op, places, members[op.key], sent, got, halt, pc):

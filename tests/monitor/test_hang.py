@@ -100,6 +100,17 @@ def test_two_members_are_no_majority_but_the_job_is():
     assert only(look(pulses, {TP0: [0, 1]})).ranks == (0, 1)
 
 
+@pytest.mark.parametrize("odd", [0, 1])
+def test_what_others_entered_before_tells_which_of_two_is_odd(odd):
+    """All do the same kind of operation, of sizes that change; the other pair has gone on by two."""
+    here = [pulse(r, [row(TP0, 5, 4, signature=99 if r == odd else 50, recent=[40])]) for r in range(2)]
+    there = [pulse(r, [row(TP1, 7, 7, signature=70, recent=[60, 50, 40])]) for r in (2, 3)]
+    found = [f for f in look([*here, *there], TWO_D) if f.kind == "desync"]
+    assert only(found).ranks == (odd,)
+    gone = [pulse(r, [row(TP1, 30, 30, signature=70, recent=[60, 50, 40])]) for r in (2, 3)]
+    assert only([f for f in look([*here, *gone], TWO_D) if f.kind == "desync"]).ranks == (0, 1), "too far back to be known"
+
+
 def test_who_waits_in_what_a_stopped_rank_has_entered_is_no_root():
     """1 is stopped inside; 0 waits with it; 2 receives from 0."""
     receives = pulse(2, [row(DP0, 3, 3, p2p_op=RECV, p2p_open=True, p2p_peer=0, p2p_entered=7, p2p_done=6, p2p_since_ms=3000)])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ckptd.monitor import record
-from ckptd.monitor.ring import Group
-from ckptd.monitor.steps import Samples, Summarizer, join_node, summarize
+from ckptd.monitor.ring import Group, Ring
+from ckptd.monitor.steps import Samples, Summarizer, join_node, recent_signatures, summarize
+from ckptd.monitor.tap_writer import Writer
 
 MS = 1_000_000
 ALL_REDUCE = record.OPS.index("all_reduce")
@@ -145,6 +146,26 @@ def test_samples_are_joined_by_straight_lines():
     cpu, delay = s.between(np.array([0, 50 * MS]), np.array([50 * MS, 100 * MS]))
     assert [*cpu] == [25_000, 25_000]
     assert [*delay] == [5_000, 5_000]
+
+
+def test_signatures_of_what_was_entered_before_are_the_writers():
+    """By group, newest first, without the newest; a lost record ends them; marks and sends are none of them."""
+    ring = Ring.create()
+    writer = Writer(ring)
+    rows = [writer.group(70 + g, 2, 0, range(2)) for g in range(2)]
+    seen = []
+    for i in range(6):
+        writer.enter(rows[0], ALL_REDUCE, 7, 100 + i, 0, -1, 100 + i)
+        seen.append(ring.groups()[0].signature)
+        writer.mark(record.DATA, 1, 2)
+    writer.enter(rows[1], ALL_REDUCE, 7, 8, 0, -1, 8)
+    records = ring.read(0).records
+    assert recent_signatures(records, 16) == {0: seen[-2::-1], 1: []}
+    assert recent_signatures(records, 3)[0] == seen[-2:-5:-1]
+    lost = records[(records["group"] != 0) | (records["seq"] != 4)]
+    assert recent_signatures(lost, 16)[0] == [seen[4]]
+    assert recent_signatures(records[:0], 16) == {}
+    ring.close()
 
 
 def test_summarizing_is_cheap():
