@@ -283,7 +283,7 @@ class Watcher:
     def _joined(self, job: Job) -> list[report.StepSummary]:
         """Steps that all ranks of this node have ended, or that waited long enough for them."""
         live = [r for r in job.ranks.values() if not r.gone or r.done]
-        found: list[report.StepSummary] = []
+        found: list[list[Done]] = []
         now_s = time.monotonic()
         while any(r.done for r in live):
             first = min(r.done[0].summary.step for r in live if r.done)
@@ -292,11 +292,11 @@ class Watcher:
             if late and not job.waiting_since_s:
                 job.waiting_since_s = now_s
             if late and now_s - job.waiting_since_s < JOIN_S and all(len(r.done) < 64 for r in having):
-                return found
+                return join_node(found)
             job.waiting_since_s = 0.0
-            found += join_node([r.done.popleft() for r in having])
+            found.append([r.done.popleft() for r in having])
         job.waiting_since_s = 0.0
-        return found
+        return join_node(found)
 
     @staticmethod
     def _sample(r: Rank) -> None:

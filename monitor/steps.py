@@ -18,12 +18,13 @@ Many steps of all ranks are summed in one pass over arrays: with steps of 20 ms 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from ckptd.monitor import record
 from ckptd.monitor.report import GroupStep, StepSummary
@@ -367,31 +368,23 @@ def _group_steps(ops: Array, words: Array, op_step: Array, op_rank: Array, rank_
     return tables, timed
 
 
-def join_node(steps: Sequence[Done]) -> list[StepSummary]:
-    """One step of all ranks of a node: `least_us` of each group becomes the sum of each operation's least time inside, over the ranks here."""
-    if len(steps) < 2:
-        return [s.summary for s in steps]
-    keys = np.concatenate([s.timed.keys for s in steps])
-    if not len(keys):
-        return [s.summary for s in steps]
-    seqs = np.concatenate([s.timed.seqs for s in steps])
-    inside = np.concatenate([s.timed.inside_ns for s in steps])
-    order = np.lexsort((inside, seqs, keys))
-    keys, seqs, inside = keys[order], seqs[order], inside[order]
-    first = np.concatenate([[True], (keys[1:] != keys[:-1]) | (seqs[1:] != seqs[:-1])])
-    least: dict[int, int] = {}
-    for key in np.unique(keys):
-        least[int(key)] = int(inside[first & (keys == key)].sum() // 1000)
-    return [
-        _with_groups(s.summary, [_with_least(g, least.get(g.key)) for g in s.summary.groups])
-        for s in steps
-    ]
+def join_node(steps: Sequence[Sequence[Done]]) -> list[StepSummary]:
+    """Steps, each of all ranks of a node, one after the other: `least_us` of each group becomes the sum of each operation's least time inside, over the ranks here."""
+    joined = [d for step in steps if len(step) > 1 for d in step]
+    of_step = np.repeat(np.arange(len(steps)), [sum(len(d.timed.keys) for d in step) if len(step) > 1 else 0 for step in steps])
+    if not len(of_step):
+        return [d.summary for step in steps for d in step]
+    keys, seqs, inside = (np.concatenate([getattr(d.timed, name) for d in joined]) for name in ("keys", "seqs", "inside_ns"))
+    order = np.lexsort((inside, seqs, keys, of_step))
+    of_step, keys, seqs, inside = of_step[order], keys[order], seqs[order], inside[order]
+    group = np.concatenate([[True], (of_step[1:] != of_step[:-1]) | (keys[1:] != keys[:-1])])
+    first = group | np.concatenate([[True], seqs[1:] != seqs[:-1]])
+    begins = np.flatnonzero(group)
+    sums = np.add.reduceat(np.where(first, inside, 0), begins) // 1000
+    least = dict(zip(zip(of_step[begins].tolist(), keys[begins].tolist(), strict=True), sums.tolist(), strict=True))
+    return [_with_least(d.summary, least, i) for i, step in enumerate(steps) for d in step]
 
 
-def _with_least(g: GroupStep, least_us: int | None) -> GroupStep:
-    return g if least_us is None else GroupStep(g.key, g.seq, g.history, g.ops, g.bytes, g.inside_us, min(least_us, g.inside_us), g.p2p)
-
-
-def _with_groups(s: StepSummary, groups: list[GroupStep]) -> StepSummary:
-    values = {name: getattr(s, name) for name in StepSummary.__struct_fields__}
-    return StepSummary(**(values | {"groups": groups}))
+def _with_least(s: StepSummary, least: Mapping[tuple[int, int], int], step: int) -> StepSummary:
+    groups = [replace(g, least_us=min(least.get((step, g.key), g.inside_us), g.inside_us)) for g in s.groups]
+    return replace(s, groups=groups)

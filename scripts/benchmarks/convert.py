@@ -125,8 +125,8 @@ def ckptd(source: Path, target: Path, *words: str) -> list[str]:
 
 def run(bench: Bench) -> None:
     """Both pairs, and the bound."""
-    parameters = bench.pick(128 << 20, 32 << 20)
-    rounds = bench.rounds or bench.pick(5, 3)
+    parameters = bench.pick(384 << 20, 32 << 20)
+    rounds = bench.rounds or 3
     log = bench.directory / "log"
     zero, dcp = bench.directory / "zero", bench.directory / "dcp"
     nbytes = {

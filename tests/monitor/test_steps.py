@@ -134,7 +134,7 @@ def test_the_nodes_ranks_are_joined_by_operation():
         run.op((20 + late) * MS, (20 + late) * MS, 25 * MS)
         run.mark(record.STEP, 30 * MS)
         done.append(Summarizer(late).feed(0, run.records, 0, [group()], 8192)[-1])
-    joined = join_node(done)
+    joined = join_node([done])
     assert [s.groups[0].inside_us for s in joined] == [10_000, 4_000]
     assert [s.groups[0].least_us for s in joined] == [4_000, 4_000]
 
