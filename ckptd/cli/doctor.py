@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import fcntl
 import importlib.metadata
+import json
 import mmap
 import os
 import platform
@@ -62,6 +63,7 @@ CLOCK_READ_NS_MAX = 1000.0
 NUMPY_TIMES = (20, 40)
 """How much faster the C kernels (AVX2, GFNI) are than NumPy, for two blocks of parity of eight (one core of a Xeon, 2026-11-20)."""
 TAP_TIMEOUT_S = 30.0
+NVIDIA = Path("/dev/nvidiactl")
 TRIAL_BYTES = 64 << 20
 STORE_BYTES_PER_S_MIN = 100e6
 STORE_FREE_MIN = 0.05
@@ -550,6 +552,30 @@ def judge_tap(found: Sequence[str], native: str, compiler: str, env: Mapping[str
     return Finding(WARNING, "collectives are recorded in Python, at some ten times the cost (layer python): there is no C++ compiler", f"install one, then: {build}")
 
 
+def _nccl(_: argparse.Namespace) -> Finding:
+    """In a process of its own, as a rank does it: loading a library is not undone."""
+    if not NVIDIA.exists():
+        return Finding(INFO, "no NVIDIA driver here: no device's operations to time")
+    code = "import json; from dataclasses import asdict; from ckptd.monitor import nccl; print(json.dumps(asdict(nccl.enable())))"
+    try:
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TAP_TIMEOUT_S, check=True).stdout
+        return judge_nccl(json.loads(said.splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as e:
+        return judge_nccl({"active": False, "why": f"{type(e).__name__}: {e}"})
+
+
+def judge_nccl(state: Mapping[str, object]) -> Finding:
+    """The profiler plugin that NCCL is to load; `state`: as `monitor.nccl.State` has it."""
+    if state.get("active"):
+        behind = f", {state['next']} behind it" if state.get("next") else ""
+        return Finding(OK, f"NCCL loads the profiler plugin {state.get('path')}{behind}: operations are timed on the device")
+    why = str(state.get("why", ""))
+    lost = f"NCCL's operations are not timed by its profiler: {why}"
+    if why.startswith(("CKPTD_NCCL_PROFILER=", "NCCL_PROFILER_PLUGIN=")):
+        return Finding(INFO, lost, f"unset {why.partition('=')[0]} to have them timed")
+    return Finding(WARNING, lost, "install a C compiler, or name one with CC" if "compiler" in why else "see the message; CKPTD_NCCL_PROFILER=0 says that it is meant to be so")
+
+
 def _rendezvous(_: argparse.Namespace) -> Finding:
     return judge_rendezvous(os.environ.get(SHARE_STORE, ""))
 
@@ -648,5 +674,5 @@ def judge_store(root: str, *, existing: bool, kind: str, free: tuple[int, int], 
 CHECKS: dict[str, Callable[[argparse.Namespace], Finding]] = {
     "python": _python, "packages": _packages, "torch": _torch, "entry point": _entry, "parity": _parity, "kernel": _kernel, "memlock": _memlock,
     "open files": _files, "memory": _memory, "memfd": _memfd, "sockets": _sockets, "loopback": _loopback, "clock": _clock, "directory": _directory,
-    "daemon": _daemon, "tap": _tap, "torchrun": _rendezvous, "store": _store,
+    "daemon": _daemon, "tap": _tap, "nccl": _nccl, "torchrun": _rendezvous, "store": _store,
 }  # fmt: skip

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -551,6 +552,39 @@ def test_how_ranks_will_be_watched(found, native, compiler, env, level, says):
     finding = doctor.judge_tap(found, native, compiler, env)
     assert finding.level == level and says in finding.text
     assert bool(finding.remedy) == (level != OK)
+
+
+@pytest.mark.parametrize(
+    ("state", "level", "says"),
+    [
+        ({"active": True, "path": "/c/nccl-profiler-1.so", "next": ""}, OK, "/c/nccl-profiler-1.so: operations"),
+        ({"active": True, "path": "/c/nccl-profiler-1.so", "next": "/u/mine.so"}, OK, "/u/mine.so behind it"),
+        ({"active": False, "why": "CKPTD_NCCL_PROFILER=0"}, INFO, "=0"),
+        ({"active": False, "why": "NCCL_PROFILER_PLUGIN=none"}, INFO, "=none"),
+        ({"active": False, "why": "no C compiler (cc, gcc or clang) is there"}, WARNING, "compiler"),
+        ({"active": False, "why": "the plugin x has none of the versions (3, 4, 5, 6): it is left alone"}, WARNING, "none of the versions"),
+    ],
+)
+def test_what_nccl_will_load(state, level, says):
+    finding = doctor.judge_nccl(state)
+    assert finding.level == level and says in finding.text
+    assert bool(finding.remedy) == (level != OK)
+
+
+def test_nccls_plugin_is_asked_for_as_a_rank_does_it(tmp_path, monkeypatch):
+    """With a driver, by its file; without one there is nothing to ask."""
+    monkeypatch.setattr(doctor, "NVIDIA", tmp_path / "absent")
+    assert checked("nccl").level == INFO
+    monkeypatch.setattr(doctor, "NVIDIA", tmp_path)
+    monkeypatch.delenv("NCCL_PROFILER_PLUGIN", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = checked("nccl")
+    assert found.level == (OK if shutil.which("cc") or os.environ.get("CC") else WARNING), found
+    monkeypatch.setenv("CKPTD_NCCL_PROFILER", "0")
+    assert checked("nccl").level == INFO
+    monkeypatch.delenv("CKPTD_NCCL_PROFILER")
+    monkeypatch.setenv("NCCL_PROFILER_PLUGIN", "/nowhere.so")
+    assert checked("nccl").level == WARNING
 
 
 def test_the_tap_of_this_machine():
