@@ -7,7 +7,7 @@ A *window* is at most WINDOW_BYTES of one target file: known bytes, and boxes of
 windows and joined at the end, so that no file is written twice. What is stored more than once is compared beside that, by other threads.
 
 Invariants
-- nothing appears under the target's name before every byte is written, synced and (with `check`) read back through the target's own reader;
+- nothing appears under the target's name before every byte is written, synced, compared where the source has it twice, and (with `check`) read back through the target's own reader;
 - every element comes from exactly one row (`Checkpoint.prove`), replicas are compared, and what the target does not hold is named;
 - the hash of every logical tensor is recorded in `ckptd-convert.json`: xxh3-128 over the xxh3-128 of each 4 MiB of its row-major bytes;
 - a run that was killed is taken up again: files that are complete and whose source and plan are the same are not written twice;
@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Self, cast
 
@@ -116,9 +116,7 @@ def convert(  # noqa: PLR0913  one call does it all, and every setting has a nam
     writer = format_named(to)
     place, found, checkpoint = open_checkpoint(source, read)
     tell = _Teller(progress)
-    with _Comparing(Reading(place, checkpoint), memory_bytes, workers) as comparing, ExitStack() as stack:
-        pool = Pool(comparing.left)
-        stack.callback(pool.close)
+    with _Comparing(Reading(place, checkpoint), memory_bytes, workers) as comparing, closing(Pool(comparing.left)) as pool:
         prove_bytes = getattr(found, "prove_bytes", None)
         if verify and prove_bytes is not None:
             prove_bytes(place, read or ReadOptions(), tell.at)
@@ -136,26 +134,27 @@ def convert(  # noqa: PLR0913  one call does it all, and every setting has a nam
                     if plan.finish is not None:
                         more, _, _ = _write(plan.finish(out.place()), out, reading, pool, {}, tell, lambda: comparing.refutes(other))
                         written += more
+                    if comparing.refutes(other, until_the_end=True):
+                        return None
+                    missing = {n: d for n, d in to_hash.items() if n not in made}
+                    made |= hashes(reading, pool, missing, to_hash)
+                    if check:
+                        try:
+                            _check(writer.read(out.place(), ReadOptions()), out, plan, (checkpoint, made, to_hash), pool, tell)
+                        except BadBytes:
+                            out.discard()
+                            raise
+                    report = Report(
+                        place.label, target, found.name, to, len(checkpoint.tensors), reading.bytes_read, written, resumed, time.monotonic() - began,
+                        {n: (to_hash[n], made[n]) for n in sorted(made)}, list(plan.dropped), [*checkpoint.notes, *plan.notes], check,
+                    )  # fmt: skip
+                    out.publish(report_text(report))
+                    return report
                 except _RefutedError:
-                    out.discard()
                     return None
-                if comparing.refutes(other, until_the_end=True):
-                    out.discard()
-                    return None
-                missing = {n: d for n, d in to_hash.items() if n not in made}
-                made |= hashes(reading, pool, missing, to_hash)
-                if check:
-                    try:
-                        _check(writer.read(out.place(), ReadOptions()), out, plan, (checkpoint, made, to_hash), pool, tell)
-                    except BadBytes:
-                        out.discard()
-                        raise
-                report = Report(
-                    place.label, target, found.name, to, len(checkpoint.tensors), reading.bytes_read, written, resumed, time.monotonic() - began,
-                    {n: (to_hash[n], made[n]) for n in sorted(made)}, list(plan.dropped), [*checkpoint.notes, *plan.notes], check,
-                )  # fmt: skip
-                out.publish(report_text(report))
-                return report
+                finally:
+                    if comparing.refutes(other):
+                        out.discard()  # also after an error: it is of no use to the next run
 
         usual: Collection[str] = () if view is None else comparing.outcome()  # a view may change what it is given: it is asked once, when the outcome is known
         try:

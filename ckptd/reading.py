@@ -5,7 +5,7 @@
     hashes        of every logical tensor: xxh3-128 over the xxh3-128 of each 4 MiB of its row-major bytes
     compare_replicas, settle   what is stored more than once is compared before it is believed
 
-Memory that tensors take is `workers` times (3 windows and the scratch), whatever the checkpoint's size.
+Memory that tensors take is that of the threads (3 windows and the scratch each; `workers_for`), whatever the checkpoint's size.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ with what the whole job did meanwhile. On a device the host's times say little: 
 filled with (the others' time in collectives) - (its own).
 
 A rank is found if it exceeds its peers in 8 of the last 10 steps and their median is over max(5 % of a step, 5 standard errors); or if the mean of the last 20, 40 or 80
-steps is over max(2 %, 4.5 standard errors) above its own past. Standard errors are learned from blocks of 10 steps, so that noise with a memory counts as what it
-is; single spikes are clipped. What was so from the start is the job's own unevenness: it is the baseline, and only a probe can call it a fault.
+steps is over max(2 %, 4.5 standard errors) above its own past. Standard errors are learned from how far blocks of 10 steps lie from the
+block before, so that noise with a memory counts as what it is and a rank that has become slow does not hide in it; single spikes are clipped. What was so from the start is the job's own unevenness: it is the baseline, and only a probe can call it a fault.
 
 The baseline is the mean of what lies behind: the first half of what was seen, later everything older than 100 steps, never steps in which the rank was suspected.
 

@@ -57,7 +57,7 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--drop", default="", metavar="WHAT", help=f"what may be left out: {', '.join(DROPS)}; several with commas")
     p.add_argument("--config", metavar="KEY=VALUE", action="append", default=[], help="a setting of the target's format; KEY=@FILE takes JSON from a file")
     p.add_argument("--memory", default=f"{MEMORY_BYTES >> 20}MiB", metavar="SIZE", help="most memory to use (default %(default)s)")
-    p.add_argument("--workers", type=int, metavar="N", help="threads (default: as memory and cores allow, at most 8)")
+    p.add_argument("--workers", type=int, metavar="N", help="threads that write (default: twice the cores, as memory allows, at most 8); half as many compare beside them")
     p.add_argument("--check", action="store_true", help="read DST back and compare every tensor before it gets its name")
     p.add_argument("--no-verify", action="store_true", help="do not compare a ckptd source with its checksums first")
     p.add_argument("--no-sync", action="store_true", help="do not wait for the disk: faster, and a power cut may lose DST")
