@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import Self
 
 import xxhash
 
@@ -123,19 +123,18 @@ def convert(  # noqa: PLR0913  one call does it all, and every setting has a nam
         tell.begin("compare", sum(r.box.numel * ITEM_BYTES[t.dtype] for t in checkpoint.tensors.values() for r in t.replicas))
         comparing.begin()
 
-        def attempt(other: Collection[str]) -> Report | None:
-            """All of it, if these weights are not their masters' rounding; None, and nothing is left, if the comparison says otherwise."""
+        def attempt(other: Collection[str]) -> Report:
+            """All of it, if these weights are not their masters' rounding. Raises _RefutedError if the comparison says otherwise; nothing is left then, whatever was raised."""
             checkpoint, roundings, plan = _planned(comparing.reading, other, view, lambda c: writer.write(c, write))
             to_hash = _written(checkpoint, plan)
             mark = _fingerprint(place, to, checkpoint, plan, write)
             with Reading(place, checkpoint, roundings) as reading, closing(Target(target, single=plan.single, fingerprint=mark, sync=sync)) as out:
                 try:
-                    written, resumed, made = _write(plan.files, out, reading, pool, to_hash, tell, lambda: comparing.refutes(other))
+                    written, resumed, made = _write(plan.files, out, reading, pool, to_hash, tell, lambda: comparing.allow(other))
                     if plan.finish is not None:
-                        more, _, _ = _write(plan.finish(out.place()), out, reading, pool, {}, tell, lambda: comparing.refutes(other))
+                        more, _, _ = _write(plan.finish(out.place()), out, reading, pool, {}, tell, lambda: comparing.allow(other))
                         written += more
-                    if comparing.refutes(other, until_the_end=True):
-                        return None
+                    comparing.allow(other, until_the_end=True)
                     missing = {n: d for n, d in to_hash.items() if n not in made}
                     made |= hashes(reading, pool, missing, to_hash)
                     if check:
@@ -150,20 +149,17 @@ def convert(  # noqa: PLR0913  one call does it all, and every setting has a nam
                     )  # fmt: skip
                     out.publish(report_text(report))
                     return report
-                except _RefutedError:
-                    return None
                 finally:
                     if comparing.refutes(other):
                         out.discard()  # also after an error: it is of no use to the next run
 
         usual: Collection[str] = () if view is None else comparing.outcome()  # a view may change what it is given: it is asked once, when the outcome is known
         try:
-            report = attempt(usual)
-        except CkptdError:
+            return attempt(usual)
+        except (CkptdError, _RefutedError):
             if not comparing.refutes(usual, until_the_end=True):
                 raise
-            report = None
-        return report or cast("Report", attempt(comparing.outcome()))
+        return attempt(comparing.outcome())
 
 
 class _RefutedError(Exception):
@@ -205,6 +201,11 @@ class _Comparing:
         if not until_the_end and not self._outcome.done():
             return False
         return self._outcome.exception() is not None or self._outcome.result() != {*other}
+
+    def allow(self, other: Collection[str], *, until_the_end: bool = False) -> None:
+        """Raise _RefutedError where that is refuted."""
+        if self.refutes(other, until_the_end=until_the_end):
+            raise _RefutedError
 
     def __enter__(self) -> Self:
         return self
@@ -359,9 +360,9 @@ class _Writing:
 
 
 def _write(
-    files: Sequence[OutFile], out: Target, reading: Reading, pool: Pool, to_hash: Mapping[str, str], tell: _Teller, refuted: Callable[[], bool]
+    files: Sequence[OutFile], out: Target, reading: Reading, pool: Pool, to_hash: Mapping[str, str], tell: _Teller, allow: Callable[[], None]
 ) -> tuple[int, int, dict[str, str]]:
-    """Fill the files. Returns bytes written, bytes that were there, and the hashes that were made on the way. Raises StoreFailed, and _RefutedError once it is so."""
+    """Fill the files. Returns bytes written, bytes that were there, and the hashes that were made on the way. Raises StoreFailed, and what `allow` raises between windows."""
     todo = [f for f in files if out.resumed.get(f.name) != f.nbytes]
     writing = _Writing(todo, out, _whole(reading.checkpoint, todo, to_hash))
     total = sum(f.nbytes for f in todo)
@@ -370,8 +371,7 @@ def _write(
         for window, (crcs, digests) in pool.map(lambda w: writing.fill(w, reading, pool), writing.windows()):
             writing.filled(window, crcs, digests)
             tell.more(window.nbytes)
-            if refuted():
-                raise _RefutedError
+            allow()
         out.settle()
     except OSError as e:
         msg = f"{out.work} cannot be written: {e.strerror}"

@@ -151,6 +151,22 @@ def test_what_was_so_from_the_start_is_no_fault():
     assert first == {}
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_small_slowness_is_not_learned_as_the_ranks_noise(seed):
+    """3 % of a step, on one rank, from step 45 on: standard errors stay what the noise makes them, its own and everybody's."""
+    s, noise = Stragglers(8, Settings()), noisy(seed, 8, 200)
+
+    def of(r, step):
+        own = int(80 * MS * noise[step, r]) + (3 * MS if r == 2 and step > 45 else 0)
+        return summary(r, step, own=own, wall=own + 20 * MS)
+
+    for j in joined(199, 8, of)[1]:
+        s.add(j, [np.arange(8)])
+    error, true = s.standard_error(40)[1], 0.02 * 0.8 * np.sqrt(1 / 40 + 1 / 100)
+    print(f"standard errors, percent of a step: {np.round(100 * error, 2)}; of the noise that was put in {100 * true:.2f}")
+    assert 0.7 * true < error.min() and error.max() < 1.6 * true
+
+
 def test_one_spike_is_no_fault():
     factor = noisy(3, 8, 120)
     first, _ = watched(120, 8, lambda r, s: summary(r, s, own=int(80 * MS * factor[s, r]) + (900 * MS if r == 3 and s == 60 else 0)))
