@@ -121,13 +121,13 @@ def convert(  # noqa: PLR0913  one call does it all, and every setting has a nam
         if verify and prove_bytes is not None:
             prove_bytes(place, read or ReadOptions(), tell.at)
         tell.begin("compare", sum(r.box.numel * ITEM_BYTES[t.dtype] for t in checkpoint.tensors.values() for r in t.replicas))
-        comparing.begin()
 
         def attempt(other: Collection[str]) -> Report:
             """All of it, if these weights are not their masters' rounding. Raises _RefutedError if the comparison says otherwise; nothing is left then, whatever was raised."""
             checkpoint, roundings, plan = _planned(comparing.reading, other, view, lambda c: writer.write(c, write))
             to_hash = _written(checkpoint, plan)
             mark = _fingerprint(place, to, checkpoint, plan, write)
+            comparing.begin()  # not before: planning is one thread's work, and others would take its interpreter
             with Reading(place, checkpoint, roundings) as reading, closing(Target(target, single=plan.single, fingerprint=mark, sync=sync)) as out:
                 try:
                     written, resumed, made = _write(plan.files, out, reading, pool, to_hash, tell, lambda: comparing.allow(other))
@@ -179,14 +179,16 @@ class _Comparing:
         self._first = not beside
         self._pool = Pool(beside or 1)
         self._thread = ThreadPoolExecutor(1, "ckptd-compare")
-        self._outcome: Future[set[str]] = Future()
+        self._outcome: Future[set[str]] | None = None
 
-    def begin(self) -> None:
-        """Compare; to the end, where the memory is too small for writing beside."""
-        self._outcome = self._thread.submit(self._compared)
-        if self._first:
-            wait([self._outcome])
-            self._pool.close()
+    def begin(self) -> Future[set[str]]:
+        """Compare, if that has not begun; to the end, where the memory is too small for writing beside."""
+        if self._outcome is None:
+            self._outcome = self._thread.submit(self._compared)
+            if self._first:
+                wait([self._outcome])
+                self._pool.close()
+        return self._outcome
 
     def _compared(self) -> set[str]:
         compare_replicas(self.reading, self._pool)
@@ -194,13 +196,14 @@ class _Comparing:
 
     def outcome(self) -> set[str]:
         """The weights that are not their masters' rounding. Waits. Raises Divergent, and what reading raises."""
-        return self._outcome.result()
+        return self.begin().result()
 
     def refutes(self, other: Collection[str], *, until_the_end: bool = False) -> bool:
         """Whether the outcome is known to be another, an error perhaps; `until_the_end`: whether it is."""
-        if not until_the_end and not self._outcome.done():
+        if not until_the_end and (self._outcome is None or not self._outcome.done()):
             return False
-        return self._outcome.exception() is not None or self._outcome.result() != {*other}
+        outcome = self.begin()
+        return outcome.exception() is not None or outcome.result() != {*other}
 
     def allow(self, other: Collection[str], *, until_the_end: bool = False) -> None:
         """Raise _RefutedError where that is refuted."""

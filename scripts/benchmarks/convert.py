@@ -119,6 +119,16 @@ def _high_water_kib(pid: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
+def _cleared(directory: Path) -> None:
+    """What a command made is gone, and the disk has done with it: the next one does not pay for writing it back, nor for discarding its blocks."""
+    for left in directory.glob("out*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+    os.sync()
+
+
 def ckptd(source: Path, target: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "ckptd.cli.main", "convert", str(source), str(target), "--quiet", *words]
 
@@ -162,9 +172,7 @@ def run(bench: Bench) -> None:
                 peak[case] = max(peak[case], mib)
                 if turn:  # the first one warms the caches
                     seconds[case].append(took)
-                shutil.rmtree(out, ignore_errors=True)
-                for left in bench.directory.glob("out*"):
-                    left.unlink()
+                _cleared(bench.directory)
         bench.raw[name] = {"bytes": nbytes[name], "seconds": seconds, "peak_mib": peak}
         other = seconds[theirs[name]]
         for case, each in seconds.items():
@@ -193,9 +201,7 @@ def _bounded(bench: Bench, source: Path, nbytes: int, out: Path, log: Path) -> N
         seconds, peak = command(ckptd(big, out, "--to", to, "--no-sync", "--memory", f"{bound}MiB", *more), log)
         rows.append([f"dcp -> {to}", nbytes / (bound << 20), seconds, peak, peak / bound])
         bench.aims.append(Aim(f"dcp -> {to}: peak memory of {bound} MiB asked", peak, "<=", bound, " MiB"))
-        shutil.rmtree(out, ignore_errors=True)
-        for left in bench.directory.glob("out*"):
-            left.unlink()
+        _cleared(bench.directory)
     bench.tables.append(Table(f"bounded memory: {nbytes / 1e9:.2f} GB with --memory {bound}MiB", ["what", "x the bound", "s", "peak MiB", "of bound"], rows))
 
 
