@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from time import monotonic_ns
 from typing import Any
 
 import torch.distributed as dist
@@ -75,7 +76,7 @@ class Hooks:
             known = self._open.pop((pg, args.op_id), None)
             if known is not None:
                 op, i, device, asynchronous = known
-                self.seen.began(op, i, args.work, device=device, asynchronous=asynchronous)
+                self.seen.began(op, i, args.work, monotonic_ns(), device=device, asynchronous=asynchronous)
         except Exception:  # noqa: BLE001  counted; never into the user's code
             self.seen.failed()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptd.monitor import record
 
@@ -24,6 +24,11 @@ class Op:
     even: bool = True
     p2p: bool = False
     coalesced: bool = False
+    flags: int = field(init=False, default=0)
+    """What each of its records has."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "flags", (record.P2P if self.p2p else 0) | (record.COALESCED if self.coalesced else 0))
 
 
 def _code(name: str) -> int:

@@ -33,6 +33,7 @@ DTYPES = {
 }  # fmt: skip
 _DTYPE_CODES = {dtype: record.DTYPES.index(name) for dtype, name in DTYPES.items()}
 _OTHER = record.DTYPES.index("other")
+_ASYNC, _DEVICE = record.ASYNC, record.DEVICE
 Failed = Callable[[], None]
 Library: Any = torch.library.Library
 WORK: Any = Work
@@ -41,6 +42,8 @@ WORK: Any = Work
 
 def measure(x: Any) -> tuple[int, int, bool]:
     """(bytes, dtype code, on a device) of a tensor, a list of them, or a list of lists."""
+    if type(x) is list and len(x) == 1:  # nearly always
+        x = x[0]
     if isinstance(x, torch.Tensor):
         return x.nbytes, _DTYPE_CODES.get(x.dtype, _OTHER), not x.is_cpu
     if not x:
@@ -95,20 +98,23 @@ class Seen:
         self._groups[id(pg)] = weakref.ref(pg), row, members
         return row, members
 
-    def enter(self, op: Op, tensors: Any, pg: Any, peer: int, *, asynchronous: bool) -> tuple[int, bool]:
-        """An operation begins: (its record, whether it is on a device). `peer`: a rank of the group."""
+    def enter(self, op: Op, tensors: Any, pg: Any, peer: int, *, asynchronous: bool, now_ns: int = 0) -> tuple[int, bool]:
+        """An operation begins: (its record, whether it is on a device). `peer`: a rank of the group. `now_ns`: when, if it was read already."""
         row, members = self.row(pg)
         nbytes, dtype, device = (0, 0, False) if tensors is None else measure(tensors)
         if op.tensors < 0:  # a barrier's tensor says only where
             nbytes = dtype = 0
-        flags = (record.P2P if op.p2p else 0) | (record.ASYNC if asynchronous else 0) | (record.DEVICE if device else 0)
-        flags |= record.COALESCED if op.coalesced else 0
+        flags = op.flags
+        if asynchronous:
+            flags |= _ASYNC
+        if device:
+            flags |= _DEVICE
         there = members[peer] if 0 <= peer < len(members) else -1
-        return self.writer.enter(row, op.code, dtype, nbytes, flags, there, nbytes if op.even else 0), device
+        return self.writer.enter(row, op.code, dtype, nbytes, flags, there, nbytes if op.even else 0, now_ns), device
 
-    def began(self, op: Op, i: int, work: Any, *, device: bool, asynchronous: bool) -> None:
+    def began(self, op: Op, i: int, work: Any, now_ns: int, *, device: bool, asynchronous: bool) -> None:
         """The call returned, with this work."""
-        self.writer.returned(i)
+        self.writer.returned(i, now_ns)
         if work is None:
             self.writer.ended(i)
             return
@@ -255,9 +261,10 @@ class Kernels:
         group_at = names.index("process_group")
         peer_at = next((names.index(n) for n in ("dst", "src") if n in names), -1)
         async_at = names.index("async_op") if "async_op" in names else -1
+        functional = spec.code in FUNCTIONAL
         async_default = bool(defaults.get("async_op", True)) if async_at >= 0 else spec.p2p
-        seen, writer, below, redispatch = self.seen, self.seen.writer, self._below, op.redispatch
-        unbox, tensors_at = ProcessGroup.unbox, max(spec.tensors, 0)
+        seen, writer, below, redispatch = self.seen, self.seen.writer, self._below, op._handle.redispatch_boxed  # noqa: SLF001  `op.redispatch` is this in one more frame
+        unbox, unbox_work, tensors_at = ProcessGroup.unbox, Work.unbox, max(spec.tensors, 0)
 
         def kernel(keys: Any, *args: Any) -> Any:
             if writer.off:
@@ -266,27 +273,26 @@ class Kernels:
             began_ns = monotonic_ns()
             try:
                 asynchronous = bool(args[async_at]) if 0 <= async_at < len(args) else async_default
-                i, device = seen.enter(
-                    spec, args[tensors_at], unbox(args[group_at]), args[peer_at] if peer_at >= 0 else -1, asynchronous=asynchronous
-                )
+                peer = args[peer_at] if peer_at >= 0 else -1
+                i, device = seen.enter(spec, args[tensors_at], unbox(args[group_at]), peer, asynchronous=asynchronous, now_ns=began_ns)
             except Exception:  # noqa: BLE001  never into the user's code
                 seen.failed()
-            called_ns = monotonic_ns()
+            called_ns = 0 if i & 63 else monotonic_ns()
             try:
                 said = redispatch(keys & below, *args)
             except BaseException:
                 if i >= 0:
-                    writer.returned(i)
+                    writer.returned(i, monotonic_ns())
                     writer.ended(i, failed=True)
                 raise
             if i >= 0:
                 try:
                     back_ns = monotonic_ns()
-                    work = said[-1] if isinstance(said, tuple) else said
-                    seen.began(spec, i, None if work is None else Work.unbox(work), device=device, asynchronous=asynchronous)
-                    if asynchronous and spec.code in FUNCTIONAL:
+                    work = said[-1] if type(said) is tuple else said
+                    seen.began(spec, i, None if work is None else unbox_work(work), back_ns, device=device, asynchronous=asynchronous)
+                    if asynchronous and functional:
                         seen.remember(args[0], i)
-                    if not i & 63:
+                    if called_ns:
                         writer.hook_ns(64 * (called_ns - began_ns + monotonic_ns() - back_ns))
                 except Exception:  # noqa: BLE001  counted; never into the user's code
                     seen.failed()
@@ -371,12 +377,12 @@ class Patches:
                 work = original(pg, *args, **options)
             except BaseException:
                 if i >= 0:
-                    writer.returned(i)
+                    writer.returned(i, monotonic_ns())
                     writer.ended(i, failed=True)
                 raise
             if i >= 0:
                 try:
-                    seen.began(spec, i, work, device=device, asynchronous=asynchronous)
+                    seen.began(spec, i, work, monotonic_ns(), device=device, asynchronous=asynchronous)
                 except Exception:  # noqa: BLE001  counted; never into the user's code
                     seen.failed()
             return work

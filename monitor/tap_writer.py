@@ -32,8 +32,14 @@ _H = _words(record.HEADER)
 _G = _words(record.GROUP)
 _HEAD, _STEP, _PHASE_NS, _ERRORS, _HOOK_NS, _LOST = (_H[n] for n in ("head", "step", "phase_ns", "errors", "hook_ns", "device_lost"))
 _PHASES_U32 = record.HEADER.fields["phases"][1] // 4  # type: ignore[index]
-_VERSION, _OPS_WORD = _G["version"], _G["op"]
+_VERSION, _OPS_WORD, _HISTORY, _SIGNATURE, _BYTES = (_G[n] for n in ("version", "op", "history", "signature", "bytes"))
+_ENTERED, _ENTERED_NS, _DONE, _DONE_NS = (_G[n] for n in ("entered", "entered_ns", "done", "done_ns"))
+_P2P_ENTERED, _P2P_NS, _P2P_DONE = (_G[n] for n in ("p2p_entered", "p2p_ns", "p2p_done"))
 _ROW_WORDS, _RECORD_WORDS = record.GROUP.itemsize // 8, record.RECORD.itemsize // 8
+_GROUPS, _RECORDS = record.GROUPS_AT // 8, record.RECORDS_AT // 8
+_NO_GROUP, _P2P = record.NO_GROUP, record.P2P
+_FAILED, _WAITED, _P2P_BIT = (flag << 24 for flag in (record.FAILED, record.WAITED, record.P2P))
+"""Flags as they lie in a record's seventh word: group, op, dtype, flags, peer."""
 
 
 class Writer:
@@ -83,98 +89,94 @@ class Writer:
 
     # --- operations ---------------------------------------------------------------------------------------------------------
 
-    def enter(self, row: int, op: int, dtype: int, nbytes: int, flags: int, peer: int, signed: int) -> int:
-        """An operation begins: its record's index. `signed`: bytes as far as members must agree on them."""
+    def enter(self, row: int, op: int, dtype: int, nbytes: int, flags: int, peer: int, signed: int, now_ns: int = 0) -> int:
+        """An operation begins: its record's index. `signed`: bytes as far as members must agree on them. `now_ns`: when, if it was read already."""
         flags |= self.coalescing | self.capturing
-        now = monotonic_ns()
+        now = now_ns or monotonic_ns()
         q = self._q
         with self.lock:
             i = q[_HEAD]
             q[_HEAD] = i + 1  # no call since the line above: nothing can come between
-            at = i & self._mask
-            at = record.RECORDS_AT // 8 + at * _RECORD_WORDS
+            at = _RECORDS + (i & self._mask) * _RECORD_WORDS
             q[at] = 0
             seq = 0
-            if row != record.NO_GROUP:
-                seq = self._enter_group(row, op, dtype, nbytes, flags, peer, signed, now)
+            if row != _NO_GROUP:
+                g = _GROUPS + row * _ROW_WORDS
+                version = q[g + _VERSION]
+                q[g + _VERSION] = version + 1
+                if flags & _P2P:
+                    seq = q[g + _P2P_ENTERED] + 1
+                    q[g + _P2P_ENTERED] = seq
+                    q[g + _P2P_NS] = now
+                    q[g + _OPS_WORD] = q[g + _OPS_WORD] & 0xFFFF | op << 16 | 1 << 24 | (peer & 0xFFFFFFFF) << 32
+                else:
+                    seq = q[g + _ENTERED] + 1
+                    sign = signature(op, dtype, signed)
+                    q[g + _ENTERED] = seq
+                    q[g + _ENTERED_NS] = now
+                    q[g + _HISTORY] = history(q[g + _HISTORY], sign)
+                    q[g + _SIGNATURE] = sign
+                    q[g + _BYTES] = nbytes
+                    q[g + _OPS_WORD] = q[g + _OPS_WORD] & ~0xFFFF | op | dtype << 8
+                q[g + _VERSION] = version + 2
             step = (q[_STEP] + 1) & 0xFFFFFFFF
             _AFTER_COMMIT.pack_into(self._bytes, at * 8 + 8, now, 0, 0, nbytes, seq & 0xFFFFFFFF, step, row, op, dtype, flags & 0xFF, peer, 0, 0)
             q[at] = i + 1
         return i
 
-    def _enter_group(self, row: int, op: int, dtype: int, nbytes: int, flags: int, peer: int, signed: int, now: int) -> int:
-        q, g = self._q, record.GROUPS_AT // 8 + row * _ROW_WORDS
-        q[g + _VERSION] += 1
-        ops = q[g + _OPS_WORD]
-        if flags & record.P2P:
-            seq = q[g + _G["p2p_entered"]] + 1
-            q[g + _G["p2p_entered"]] = seq
-            q[g + _G["p2p_ns"]] = now
-            q[g + _OPS_WORD] = (ops & 0xFFFF) | op << 16 | 1 << 24 | (peer & 0xFFFFFFFF) << 32
-        else:
-            seq = q[g + _G["entered"]] + 1
-            sign = signature(op, dtype, signed)
-            q[g + _G["entered"]] = seq
-            q[g + _G["entered_ns"]] = now
-            q[g + _G["history"]] = history(q[g + _G["history"]], sign)
-            q[g + _G["signature"]] = sign
-            q[g + _G["bytes"]] = nbytes
-            q[g + _OPS_WORD] = (ops & ~0xFFFF) | op | dtype << 8
-        q[g + _VERSION] += 1
-        return int(seq)
-
-    def _at(self, i: int) -> int:
-        """The word where record `i` begins, or 0 if it was overwritten."""
-        at = record.RECORDS_AT // 8 + (i & self._mask) * _RECORD_WORDS
-        return at if self._q[at] == i + 1 else 0
-
-    def returned(self, i: int) -> None:
-        """The call came back to the host."""
-        with self.lock:
-            if (at := self._at(i)) and not self._q[at + 2]:
-                self._q[at + 2] = monotonic_ns()
+    def returned(self, i: int, now_ns: int) -> None:
+        """The call came back to the host. Without the lock: between the look and the store no thread overwrites a whole ring."""
+        q, at = self._q, _RECORDS + (i & self._mask) * _RECORD_WORDS
+        if q[at] == i + 1 and not q[at + 2]:
+            q[at + 2] = now_ns
 
     def ended(self, i: int, *, failed: bool = False) -> None:
         """The operation is known to be done."""
         now = monotonic_ns()
         with self.lock:
-            if at := self._at(i):
-                self._end(at, now, failed=failed)
+            at = _RECORDS + (i & self._mask) * _RECORD_WORDS
+            if self._q[at] == i + 1:
+                self._end(at, now, _FAILED if failed else 0)
 
     def waited(self, i: int, began_ns: int, *, done: bool, failed: bool = False) -> None:
         """A wait for it returned. `done`: that says that it is done (not so on a device, whose waits are its stream's)."""
         now = monotonic_ns()
-        with self.lock:
-            if not (at := self._at(i)):
-                return
-            q = self._q
-            q[at + 2] = now
-            self._bytes[at * 8 + 51] |= record.WAITED
-            q[at + 7] = min((q[at + 7] & 0xFFFFFFFF) + (now - began_ns) // 1000, 0xFFFFFFFF) | q[at + 7] & ~0xFFFFFFFF
-            if done or failed:
-                self._end(at, now, failed=failed)
-
-    def _end(self, at: int, now: int, *, failed: bool) -> None:
         q = self._q
-        if failed:
-            self._bytes[at * 8 + 51] |= record.FAILED
+        with self.lock:
+            at = _RECORDS + (i & self._mask) * _RECORD_WORDS
+            if q[at] != i + 1:
+                return
+            q[at + 2] = now
+            waits = q[at + 7]
+            q[at + 7] = waits & ~0xFFFFFFFF | min((waits & 0xFFFFFFFF) + (now - began_ns) // 1000, 0xFFFFFFFF)
+            if done or failed:
+                self._end(at, now, _WAITED | _FAILED if failed else _WAITED)
+            else:
+                q[at + 6] |= _WAITED
+
+    def _end(self, at: int, now: int, flags: int) -> None:
+        """The record at this word gets these flags, and its group's row an end."""
+        q = self._q
+        word = q[at + 6] | flags
+        if flags:
+            q[at + 6] = word
         if not q[at + 3]:
             q[at + 3] = now
-        row, seq = q[at + 6] & 0xFF, q[at + 5] & 0xFFFFFFFF
-        if row == record.NO_GROUP:
+        row = word & 0xFF
+        if row == _NO_GROUP:
             return
-        g = record.GROUPS_AT // 8 + row * _ROW_WORDS
-        p2p = self._bytes[at * 8 + 51] & record.P2P
-        newest, done, ns = (_G["p2p_entered"], _G["p2p_done"], 0) if p2p else (_G["entered"], _G["done"], _G["done_ns"])
-        seq |= q[g + newest] & ~0xFFFFFFFF
-        if seq > q[g + done]:
-            q[g + _VERSION] += 1
-            q[g + done] = seq
-            if ns:
-                q[g + ns] = now
-            elif seq == q[g + newest]:
+        g, p2p = _GROUPS + row * _ROW_WORDS, word & _P2P_BIT
+        newest, done = (q[g + _P2P_ENTERED], g + _P2P_DONE) if p2p else (q[g + _ENTERED], g + _DONE)
+        seq = q[at + 5] & 0xFFFFFFFF | newest & ~0xFFFFFFFF
+        if seq > q[done]:
+            version = q[g + _VERSION]
+            q[g + _VERSION] = version + 1
+            q[done] = seq
+            if not p2p:
+                q[g + _DONE_NS] = now
+            elif seq == newest:
                 q[g + _OPS_WORD] &= ~(0xFF << 24)
-            q[g + _VERSION] += 1
+            q[g + _VERSION] = version + 2
 
     # --- marks --------------------------------------------------------------------------------------------------------------
 
@@ -186,7 +188,7 @@ class Writer:
         with self.lock:
             i = q[_HEAD]
             q[_HEAD] = i + 1
-            at = record.RECORDS_AT // 8 + (i & self._mask) * _RECORD_WORDS
+            at = _RECORDS + (i & self._mask) * _RECORD_WORDS
             q[at] = 0
             step = (q[_STEP] + 1) & 0xFFFFFFFF
             flags |= record.MARK

@@ -1,7 +1,8 @@
 """What watching costs the trainer: added time per collective and per step, with each layer of the tap, against the same loop without it.
 
 - Per collective: `dist.all_reduce` of 1 KB on gloo, one rank: nothing travels, so that what is added is not lost in waiting. Blocks of calls, each case once per round in an
-  order drawn anew; a block's figure is the median of its calls, less the mean of the two blocks without a tap *of the same round*; then the median over the rounds.
+  order drawn anew; a block's figures are its thread's processor time per call, and the median of its calls by the clock, less the mean of the two blocks without a tap *of the
+  same round*; then the median over the rounds. The aim is of processor time: by the clock a call is mostly gloo's thread waking up, which varies by more than the tap costs.
 - Per step: two ranks train the GPT of train_gpt.py (FSDP2, DDP), blocks of steps, in the same way. Beside the wall clock, the processor time of all threads: on a machine that
   others use, too, it says more.
 - "no tap" runs twice per round: the difference between both is the noise.
@@ -21,6 +22,8 @@ from benchmarks.harness import Aim, Bench, Table, median
 
 NONE = ("no tap", "no tap, again")
 CALLS_WARM = 20
+REFERENCE_US = 14.2
+"""What a bare all_reduce of 1 KB on one rank takes on the machine that the aims were set on: where it takes longer, the tap's instructions do, too."""
 
 
 def layers() -> list[str]:
@@ -60,11 +63,12 @@ class Tapped:
 
 
 def calls(*, names: list[str], rounds: int, count: int) -> dict[str, Any]:
-    """A rank alone: microseconds per call by case and round."""
+    """A rank alone: microseconds per call by case and round, by the clock and of the calling thread's processor time."""
     import torch
     import torch.distributed as dist
 
     found: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
     x = torch.ones(256)
     now = time.perf_counter_ns
     recorded = 0
@@ -74,14 +78,17 @@ def calls(*, names: list[str], rounds: int, count: int) -> dict[str, Any]:
                 took = []
                 for _ in range(CALLS_WARM):
                     dist.all_reduce(x)
+                begun = time.thread_time_ns()
                 for _ in range(count):
                     began = now()
                     dist.all_reduce(x)
                     took.append(now() - began)
+                spent = time.thread_time_ns() - begun
             recorded += case.records
             if turn:
                 found[name].append(median(took) / 1000)
-    return {"us": found, "recorded": recorded}
+                cpu[name].append(spent / count / 1000)
+    return {"us": found, "cpu_us": cpu, "recorded": recorded}
 
 
 def steps(*, parallel: str, gpt: dict[str, Any], names: list[str], rounds: int, count: int) -> dict[str, Any]:
@@ -140,12 +147,18 @@ def overhead(bench: Bench) -> None:
     names = [*NONE, *layers()]
     rounds = bench.rounds or bench.pick(40, 12)
     (said,) = harness.ranks("benchmarks.tap:calls", {"names": names, "rounds": rounds, "count": 400}, world=1, directory=bench.directory / "calls", env={"CKPTD_TAP": "0"})
-    us, base = said["us"], median(said["us"][NONE[0]])
-    rows = [[name, median(us[name]), added(us, name), harness.spread(us[name])] for name in names]
-    bench.tables.append(Table(f"all_reduce of 1 KB, one rank, gloo: {said['recorded']} recorded", ["case", "us", "added us", "spread"], rows))
+    us, cpu = said["us"], said["cpu_us"]
+    base = median(cpu[NONE[0]])
+    rows = [[name, median(cpu[name]), added(cpu, name), 100 * added(cpu, name) / base, median(us[name]), added(us, name), harness.spread(us[name])] for name in names]
+    columns = ["case", "cpu us", "added cpu us", "of bare %", "us", "added us", "spread"]
+    bench.tables.append(Table(f"all_reduce of 1 KB, one rank, gloo: {said['recorded']} recorded", columns, rows))
     bench.raw["calls"] = said
     bounds = {"native": bench.pick(1.5, 3.0), "python": bench.pick(15.0, 30.0)}
-    bench.aims += [Aim(f"added per collective, {name} (of {base:.1f} us; noise {noise(us):.2f} us)", added(us, name), "<=", bound, " us") for name, bound in bounds.items() if name in names]
+    for name, bound in bounds.items():
+        if name in names:
+            what = f"added per collective, {name}, processor time of the caller (bare: {base:.1f} us; noise {noise(cpu):.2f} us; by the clock {added(us, name):.1f} us, noise {noise(us):.1f} us)"
+            bench.aims.append(Aim(what, added(cpu, name), "<=", bound, " us"))
+            bench.aims.append(Aim(f"the same as a part of a bare all_reduce ({bound} of {REFERENCE_US} us)", 100 * added(cpu, name) / base, "<=", 100 * bound / REFERENCE_US, " %"))
     gpt = {"width": 256, "layers": 4, "context": 128, "batch": 8}
     for parallel in ("fsdp", "ddp"):
         arguments = {"parallel": parallel, "gpt": gpt, "names": [n for n in names if n != "patched"], "rounds": max(3, rounds // 4), "count": bench.pick(12, 6)}

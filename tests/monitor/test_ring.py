@@ -187,7 +187,7 @@ def test_late_words_never_touch_a_record_of_another():
         writer.mark(record.DATA, 1, 2, i)
     writer.ended(first)
     writer.waited(first, 0, done=True)
-    writer.returned(first)
+    writer.returned(first, 1)
     assert set(ring.read(0).records["ended_ns"]) == {2}
 
 
