@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptd.monitor.join import Joined, median
+from ckptd.monitor.join import Joined, known, median
 from ckptd.monitor.report import Evidence, Finding, Probed
 from ckptd.monitor.settings import Settings
 
@@ -72,12 +72,12 @@ class Transfers:
             self._early.append((j.transfer, j.bytes))
             self._first()
         else:
-            over = np.nan_to_num(t - self.base)
+            over = known(t - self.base)
             bound = np.maximum((self.settings.comm_ratio - 1.0) * self.base, 3.0 * self.spread)
             self.over[k], self.hits[k] = over, (over > bound) & (self.n > 0)
             quiet = ~self.hot & ~self.hits[k] & ~np.isnan(t)
             rate = np.where(quiet, 1.0 / np.minimum(self.n + 1.0, 500.0), 0.0)
-            seen = np.nan_to_num(t)
+            seen = known(t)
             self.base += rate * (seen - self.base)
             self.base_bytes += rate * (j.bytes - self.base_bytes)
             self.spread += rate * (1.25 * np.abs(seen - self.base) - self.spread)
@@ -98,11 +98,11 @@ class Transfers:
         times = np.array([np.pad(t, (0, size - len(t)), constant_values=np.nan) for t, _ in self._early])
         nbytes = np.array([np.pad(b, (0, size - len(b))) for _, b in self._early])
         self.n = np.count_nonzero(~np.isnan(times), axis=0).astype(float)
-        known = self.n > 0
+        told = self.n > 0
         self.base, self.spread = np.zeros(size), np.zeros(size)
-        if np.any(known):
-            self.base[known] = median(times[:, known], axis=0)
-            self.spread[known] = 1.4826 * median(np.abs(times[:, known] - self.base[known]), axis=0)
+        if np.any(told):
+            self.base[told] = median(times[:, told], axis=0)
+            self.spread[told] = 1.4826 * median(np.abs(times[:, told] - self.base[told]), axis=0)
         self.base_bytes = median(nbytes, axis=0)
         if self.count + 1 >= self.settings.learn_steps:
             self._early = []

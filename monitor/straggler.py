@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ckptd.monitor import join
-from ckptd.monitor.join import Joined, median
+from ckptd.monitor.join import Joined, known, median
 from ckptd.monitor.report import Evidence, Finding
 from ckptd.monitor.settings import Settings
 
@@ -120,18 +120,17 @@ class Stragglers:
     def add(self, j: Joined, roles: list[Array]) -> None:
         """A step that is no phase. `roles`: ranks that do the same, each rank in one of them."""
         v = j.values
-        wall = float(median(v[join.WALL])) if np.any(j.present) else 0.0
+        wall = float(median(v[join.WALL]))
         if not wall > 0.0:
             return
         self._walls = [*self._walls, wall][-32:]
         self.wall_us = float(median(np.array(self._walls)))
         parts = self._parts(v)
-        raw = self._over_peers(parts, roles, v)
+        raw, scale = self._over_peers(parts, roles, v)
         self._usual(parts[COMPUTE])
         k = self.count % KEPT
         good = j.present & ~np.isnan(raw[COMPUTE])
-        raw = np.nan_to_num(raw)
-        scale = self._scale(parts, roles)
+        raw = known(raw)
         self.raw[k] = raw
         over = raw - self.base
         over[COMPUTE] *= scale
@@ -139,14 +138,14 @@ class Stragglers:
         self.total[k] = self.excess[k].sum(axis=0)
         self.good[k] = good
         self.steps[k] = j.step
-        self.walls[k] = np.nan_to_num(v[join.WALL])
+        self.walls[k] = known(v[join.WALL])
         self.count += 1
         self._learn()
         self._runs(k)
 
     def _parts(self, v: Array) -> Array:
         """PARTS x R, microseconds, of what the host did itself."""
-        named = np.stack([v[join.DATA], v[join.GC], v[join.CHECKPOINT]])
+        named = v[[join.DATA, join.GC, join.CHECKPOINT]]
         rest = v[join.SELF] - named.sum(axis=0) - v[join.EVAL] - v[join.COMPILE]
         delay = np.minimum(v[join.DELAY], np.maximum(rest, 0.0))
         compute = np.maximum(rest - delay, 0.0)
@@ -158,31 +157,37 @@ class Stragglers:
             return
         self._first.append(compute)
         if len(self._first) >= self.settings.learn_steps:
-            self.own = np.nan_to_num(median(np.array(self._first), axis=0), nan=0.0)
+            self.own = known(median(np.array(self._first), axis=0))
             self._first = []
 
-    def _over_peers(self, parts: Array, roles: list[Array], v: Array) -> Array:
-        """Raw excess: of compute as part of the peers' own, of the other parts in microseconds."""
+    def _over_peers(self, parts: Array, roles: list[Array], v: Array) -> tuple[Array, Array]:
+        """(raw excess: of compute as part of the peers' own, of the other parts in microseconds; microseconds per unit of raw compute excess, by rank)."""
         raw = np.full_like(parts, np.nan)
-        everybody = median(parts, axis=1)[:, None]
         device = v[join.DEVICE]
         if self.count < self.settings.learn_steps:
             self.device = bool(median(device) > 0)
-        common = self._common(parts[COMPUTE])
+        scale = np.ones(self.size) if self.device else np.zeros(self.size)
+        learned = bool(self.own.any())
+        everybody, common = None, 1.0
         for ranks in roles:
             mine = parts[:, ranks]
             alone = len(ranks) < ROLE_MIN
-            center = everybody if alone else median(mine, axis=1)[:, None]
+            if alone and everybody is None:
+                everybody, common = median(parts, axis=1)[:, None], self._common(parts[COMPUTE])
+            center = everybody if alone and everybody is not None else median(mine, axis=1)[:, None]
             raw[1:, ranks] = mine[1:] - center[1:]
             if self.device:
                 continue
             if alone:
-                raw[COMPUTE, ranks] = mine[COMPUTE] / np.maximum(self.own[ranks] * common, 1.0) - 1.0 if self.own.any() else 0.0 * mine[COMPUTE]
+                scale[ranks] = self.own[ranks] * common
+                raw[COMPUTE, ranks] = mine[COMPUTE] / np.maximum(self.own[ranks] * common, 1.0) - 1.0 if learned else 0.0 * mine[COMPUTE]
             else:
-                raw[COMPUTE, ranks] = mine[COMPUTE] / max(float(center[COMPUTE, 0]), 1.0) - 1.0
+                usual = float(center[COMPUTE, 0])
+                scale[ranks] = usual
+                raw[COMPUTE, ranks] = mine[COMPUTE] / max(usual, 1.0) - 1.0
         if self.device:
-            raw[COMPUTE] = self._by_device(device, roles) - np.maximum(np.nan_to_num(raw[1:]), 0.0).sum(axis=0)
-        return raw
+            raw[COMPUTE] = self._by_device(device, roles) - np.maximum(known(raw[1:]), 0.0).sum(axis=0)
+        return raw, known(scale)
 
     def _by_device(self, device: Array, roles: list[Array]) -> Array:
         """Who stands least in device collectives is late: microseconds less than its peers, as part of a step."""
@@ -198,16 +203,6 @@ class Stragglers:
         if not self.own.any():
             return 1.0
         return float(median(compute / np.maximum(self.own, 1.0)))
-
-    def _scale(self, parts: Array, roles: list[Array]) -> Array:
-        """Microseconds per unit of raw compute excess."""
-        if self.device:
-            return np.ones(self.size)
-        scale = np.zeros(self.size)
-        common = self._common(parts[COMPUTE])
-        for ranks in roles:
-            scale[ranks] = self.own[ranks] * common if len(ranks) < ROLE_MIN else float(median(parts[COMPUTE, ranks]))
-        return np.nan_to_num(scale)
 
     # --- learning what is usual ---
 
@@ -326,7 +321,7 @@ class Stragglers:
             found[rank] = self._began(int(rank), int(window[rank]))
         fresh &= found
         self.flagged = found | holds
-        if not np.any(self.flagged):
+        if not self.flagged.any():
             return []
         self.found_at = np.where(fresh, n, self.found_at)
         early = (window > WINDOWS[0]) & (n - self.found_at < AGAIN)
@@ -365,7 +360,7 @@ class Stragglers:
 
     def _beside(self, found: Array) -> Array:
         """Who is large enough beside the largest."""
-        if not np.any(found):
+        if not found.any():
             return found
         mean = self._mean(10).max(axis=0)
         return np.asarray(mean >= BESIDE * float(mean[found].max()))

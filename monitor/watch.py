@@ -31,8 +31,8 @@ PHASE = 0.02
 """Evaluating or compiling for more than this part of a step makes it a phase."""
 SAVING = 0.10
 """Saving for this much longer than usual makes it one."""
-APART_US = 20_000
-"""Of shorter steps every so-manieth is looked at, but for what is certain at once."""
+APART_US = 50_000
+"""Of steps of less than half of this every so-manieth is looked at, but for what is certain at once: their daemon hears of them twice a second, of ten even so."""
 EVERY_S = 0.1
 """Windows are looked at no more often."""
 EVERY_STEPS = 2
@@ -106,29 +106,27 @@ class Watch:
     def _pauses(self, j: Joined) -> None:
         """What the job's own pauses are: a hang is longer."""
         v = j.values
-        kinds = ((record.CHECKPOINT, join.CHECKPOINT), (record.EVAL, join.EVAL), (record.COMPILE, join.COMPILE), (record.DATA, join.DATA))
-        if not np.any(j.present) or np.all(np.isnan(v[join.WALL])):
+        most = np.fmax.reduce(v, axis=1).tolist()  # of the ranks that told it
+        if np.isnan(most[join.WALL]):  # none did
             return
-        own = v[join.WALL] if np.nanmax(v[join.DEVICE]) > 0 else v[join.SELF]
-        phases = {kind: float(np.nanmax(v[signal])) / 1e6 for kind, signal in kinds}
-        long = {kind: s for kind, s in phases.items() if kind != record.DATA}
-        rest = float(np.nanmax(own - v[join.CHECKPOINT] - v[join.EVAL] - v[join.COMPILE])) / 1e6
+        own = v[join.WALL] if most[join.DEVICE] > 0 else v[join.SELF]
+        rest = float(np.fmax.reduce(own - v[join.CHECKPOINT] - v[join.EVAL] - v[join.COMPILE])) / 1e6
         self.patience.step(rest, {})
-        for kind, s in {**long, record.DATA: phases[record.DATA]}.items():
-            if s > 0.0:
-                self.patience.phase(kind, s)
+        for kind, signal in ((record.CHECKPOINT, join.CHECKPOINT), (record.EVAL, join.EVAL), (record.COMPILE, join.COMPILE), (record.DATA, join.DATA)):
+            if most[signal] > 0.0:
+                self.patience.phase(kind, most[signal] / 1e6)
 
     def _phase(self, j: Joined) -> bool:
         v = j.values
         wall = max(self.stragglers.wall_us, 1.0) if self.stragglers.wall_us else float(median(v[join.WALL]))
-        busy = np.nan_to_num(v[join.EVAL] + v[join.COMPILE])
-        saving = np.nan_to_num(v[join.CHECKPOINT]) - self._saving
-        saves = bool(np.any(saving > SAVING * wall)) and self.stragglers.count > 0
+        busy, saves_us = join.known(v[join.EVAL] + v[join.COMPILE]), join.known(v[join.CHECKPOINT])
+        saving = saves_us - self._saving
+        saves = bool((saving > SAVING * wall).any()) and self.stragglers.count > 0
         if saves and not self._after_phase:
             self._saves = [*self._saves, saving][-SAVES_KEPT:]
         else:
-            self._saving += (np.nan_to_num(v[join.CHECKPOINT]) - self._saving) / min(self.steps_seen, 20)
-        phase = saves or bool(np.any(busy > PHASE * wall))
+            self._saving += (saves_us - self._saving) / min(self.steps_seen, 20)
+        phase = saves or bool((busy > PHASE * wall).any())
         left_out = phase or self._after_phase
         self._after_phase = phase
         return left_out and self.steps_seen > 8
