@@ -34,6 +34,8 @@ class Settings:
     """What a rank may cost the job in the short window (10 steps)."""
     slow_long: float = 0.02
     """... and in the long windows (20 to 80 steps)."""
+    lasting: float = 0.10
+    """What a rank may cost from the start, over ranks with the same program (twice that where there are only two)."""
     sigma_short: float = 5.0
     """Standard errors of the short window's mean above its peers."""
     sigma_long: float = 4.5

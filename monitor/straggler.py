@@ -8,7 +8,8 @@ filled with (the others' time in collectives) - (its own).
 
 A rank is found if it exceeds its peers in 8 of the last 10 steps and their median is over max(5 % of a step, 5 standard errors); or if the mean of the last 20, 40 or 80
 steps is over max(2 %, 4.5 standard errors) above its own past. Standard errors are learned from how far blocks of 10 steps lie from the
-block before, so that noise with a memory counts as what it is and a rank that has become slow does not hide in it; single spikes are clipped. What was so from the start is the job's own unevenness: it is the baseline, and only a probe can call it a fault.
+block before, so that noise with a memory counts as what it is and a rank that has become slow does not hide in it; single spikes are clipped. What was so from the start
+is the baseline, the job's own unevenness; where it is large, `lasting.py` says so.
 
 The baseline is the mean of what lies behind: the first half of what was seen, later everything older than 100 steps, never steps in which the rank was suspected.
 
@@ -96,6 +97,8 @@ class Stragglers:
         self.wide_var = np.zeros(2)
         """Of means of 40 steps, all ranks pooled: noise with a long memory."""
         self.wall_us = 0.0
+        self.parts = np.full((len(PARTS), r), np.nan)
+        """Of the newest step, microseconds."""
         self.device = False
         self.flagged = np.zeros(r, bool)
         self.found_at = np.zeros(r, np.int64)
@@ -125,7 +128,7 @@ class Stragglers:
             return
         self._walls = [*self._walls, wall][-32:]
         self.wall_us = float(median(np.array(self._walls)))
-        parts = self._parts(v)
+        parts = self.parts = self._parts(v)
         raw, scale = self._over_peers(parts, roles, v)
         self._usual(parts[COMPUTE])
         k = self.count % KEPT

@@ -17,6 +17,7 @@ from ckptd.monitor.comms import Transfers
 from ckptd.monitor.drift import DRIFT_MIN, Pace, is_drift
 from ckptd.monitor.hang import Patience
 from ckptd.monitor.join import Joined, Odd, median
+from ckptd.monitor.lasting import Lasting
 from ckptd.monitor.loss import Losses
 from ckptd.monitor.report import Evidence, Finding
 from ckptd.monitor.roles import Roles
@@ -56,6 +57,7 @@ class Watch:
         self.join = join.Join(world_size)
         self.roles = Roles(world_size)
         self.stragglers = Stragglers(world_size, settings)
+        self.lasting = Lasting(world_size, settings)
         self.transfers = Transfers(settings)
         self.pace = Pace(settings)
         self.losses = Losses()
@@ -93,6 +95,7 @@ class Watch:
             self.stragglers.forget()
         self.stragglers.add(j, self.roles.by_role)
         wall_us = self.stragglers.wall_us
+        self.lasting.add(j, self.stragglers.parts, wall_us, device=self.stragglers.device)
         self.transfers.add(j, wall_us)
         told = j.program[j.present]
         program = int(np.bincount(told + 1).argmax()) - 1 if len(told) else -1
@@ -183,10 +186,11 @@ class Watch:
         self.drifts &= {x.rank for x in late}
         by_node: dict[tuple[int, str], list[Seen]] = {}
         alone: list[Seen] = []
-        for x in late:
-            f = self._drifting(x.rank, x.finding)
-            seen = Seen(("slow", x.rank), f, half=x.half)
-            node = int(self.roll.node_of[x.rank])
+        found = {x.rank: (self._drifting(x.rank, x.finding), x.half) for x in late}
+        found |= {rank: (f, False) for rank, f in self.lasting.found.items() if rank not in found}
+        for rank, (f, half) in found.items():
+            seen = Seen(("slow", rank), f, half=half)
+            node = int(self.roll.node_of[rank])
             (by_node.setdefault((node, f.kind), []) if node >= 0 else alone).append(seen)
         for (node, kind), group in by_node.items():
             if len(group) >= NODE_MIN:

@@ -66,7 +66,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     p.add_argument("--overhead", action="store_true", help="what watching costs")
     p.add_argument("--seeds", default="", metavar="FIRST:COUNT", help=f"seeds of simulated cases (default {FIRST_SEED}:1)")
     p.add_argument("--hours", type=float, help="simulated hours without a fault, over all layouts, per 64 ranks (default 24)")
-    p.add_argument("--only", default="", metavar="WORD", help="only cases whose kind, group or layout contains it")
+    p.add_argument("--only", default="", metavar="WORD", help="only cases whose kind, group or layout (real jobs: whose name, as slow-ddp-10) contains it")
     return p.parse_args(arguments)
 
 
@@ -77,7 +77,7 @@ def run(bench: Bench) -> None:
     if a.sim or not chosen:
         simulated(bench, a)
     if a.real or (not chosen and not bench.quick):
-        watch_real.run(bench)
+        watch_real.run(bench, a.only)
     if a.overhead:
         tap.overhead(bench)
         watcher.run(bench)

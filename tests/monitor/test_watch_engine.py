@@ -18,7 +18,7 @@ from benchmarks.simjobs import LAYOUTS, Fault, Noise, Sim  # noqa: E402
 from ckptd.monitor.engine import Ask, Engine, Settings  # noqa: E402
 from ckptd.monitor.report import Finding, Health, Pulse, RankInfo, Report  # noqa: E402
 
-PURE = "asks comms drift engine hang join loss roles settings standing straggler verdict watch".split()
+PURE = "asks comms drift engine hang join lasting loss roles settings standing straggler verdict watch".split()
 CLEAN = {"time", "datetime", "socket", "threading", "asyncio", "os", "io", "pathlib", "random", "secrets", "subprocess", "torch", "psutil", "logging"}
 
 
@@ -61,6 +61,38 @@ def test_a_slow_rank_is_named_probed_and_kept_in_mind(layout):
     assert engine.verdicts.all()[0].probes
     assert verdict.places[0] == "host1, local rank 1"
     assert all(v.ranks == (3,) for _, v in told)
+
+
+@pytest.mark.parametrize("kind", ["compute-slow", "input-stall"])
+@pytest.mark.parametrize("layout", ["ddp8", "fsdp16", "tp4dp16", "pp4dp4"])
+def test_a_rank_that_is_slow_from_the_first_step_is_compared_with_its_peers(layout, kind):
+    """It has no past of its own to be compared with."""
+    for seed in range(3):
+        _, told, _ = play(layout, [Fault(kind, (3,), 0.25, 0)], steps=40, seed=seed)
+        step, verdict = told[0]
+        assert (verdict.kind, verdict.ranks) == (kind, (3,)), seed
+        assert step <= 20, seed
+        assert verdict.since_step <= 5
+        assert "from the first steps on" in verdict.cause
+        assert {v.ranks for _, v in told} == {(3,)}
+
+
+def test_of_two_that_do_the_same_the_slower_one_is_named():
+    _, told, _ = play("pp4dp2", [Fault("compute-slow", (3,), 0.5, 0)], steps=40)
+    assert {(v.kind, v.ranks) for _, v in told} == {("compute-slow", (3,))}
+
+
+def test_what_was_slow_from_the_start_and_recovers_is_cleared():
+    _, told, _ = play("ddp8", [Fault("compute-slow", (3,), 0.3, 0, end=60)], steps=100)
+    assert [v.state for _, v in told if v.ranks == (3,)][-1] == "cleared"
+
+
+@pytest.mark.parametrize("noise", [Noise(uneven_stage=0.4), Noise(uneven=0.05), Noise(log_every=4, log_part=0.5), Noise(lengths=0.3, lengths_own=0.08)])
+def test_what_is_uneven_by_design_is_not_called_slow(noise):
+    """Stages of a pipeline that differ, ranks that are all a little different, a rank that logs."""
+    for layout in ("ddp8", "pp4dp4", "tp4dp16"):
+        _, told, _ = play(layout, steps=80, noise=noise)
+        assert [v for _, v in told if v.ranks] == [], layout
 
 
 def test_without_a_probe_nothing_is_to_be_evicted():

@@ -42,6 +42,12 @@ def test_a_slow_rank(ranks):
     assert (scored.named, scored.right_rank, scored.right_cause) == (True, True, True), (scored, timeline.seen)
 
 
+def test_a_rank_that_is_slow_from_the_start(ranks):
+    case = Case(name="slow from the start", layout="ddp", fault="slow:rank=1,step=4,percent=60", rank=1, kinds=("compute-slow",), steps=90, limit_steps=60)
+    scored, timeline = told(ranks, case)
+    assert (scored.named, scored.right_rank, scored.right_cause) == (True, True, True), (scored, timeline.seen)
+
+
 def test_a_loss_that_is_no_number(ranks):
     scored, _ = told(ranks, Case(name="nan", layout="ddp", fault="nan:rank=2,step=15", kinds=("nan",), steps=60, limit_steps=40, options=("--report-loss",)))
     assert (scored.named, scored.right_rank, scored.right_cause) == (True, True, True), scored
