@@ -60,7 +60,7 @@ class Lasting:
         self._count += 1
         self._alike += 1
         if self._alike >= WINDOW and self._count % EVERY == 0:
-            self._look(j.step, wall_us)
+            self._look(j.step, wall_us, device=device)
 
     def _same(self, program: Array) -> bool:
         """Whether all programs are known; follows which ranks run the same one."""
@@ -75,7 +75,7 @@ class Lasting:
             self._like, self._alike, self.found = like, 0, {}
         return True
 
-    def _look(self, step: int, wall_us: float) -> None:
+    def _look(self, step: int, wall_us: float, *, device: bool) -> None:
         middle = known(median(self._parts, axis=0)) / wall_us
         over = np.zeros_like(middle)
         peers = np.zeros(self.size, np.int64)
@@ -85,6 +85,8 @@ class Lasting:
             if len(ranks) > 1:
                 mine = middle[:, ranks]
                 over[:, ranks] = mine - (mine[:, ::-1] if len(ranks) == 2 else median(mine, axis=1)[:, None])
+        if device:  # who waits for data or a processor stands less in collectives because of it: that is not to be counted twice
+            over[0] -= np.maximum(over[1:], 0.0).sum(axis=0)
         cost = over.sum(axis=0)
         spread = 1.4826 * float(median(np.abs(cost[peers > 1]))) if np.any(peers > 1) else 0.0  # of all: a few peers say little of it
         bound = np.maximum(self.settings.lasting * np.where(peers == 1, 2.0, 1.0), SPREADS * spread)

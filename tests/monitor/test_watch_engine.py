@@ -66,9 +66,9 @@ def test_a_slow_rank_is_named_probed_and_kept_in_mind(layout):
 @pytest.mark.parametrize("kind", ["compute-slow", "input-stall"])
 @pytest.mark.parametrize("layout", ["ddp8", "fsdp16", "tp4dp16", "pp4dp4"])
 def test_a_rank_that_is_slow_from_the_first_step_is_compared_with_its_peers(layout, kind):
-    """It has no past of its own to be compared with."""
-    for seed in range(3):
-        _, told, _ = play(layout, [Fault(kind, (3,), 0.25, 0)], steps=40, seed=seed)
+    """It has no past of its own to be compared with. On devices the host's times say little: who stands least in collectives is late."""
+    for seed in range(4):
+        _, told, _ = play(layout, [Fault(kind, (3,), 0.25, 0)], steps=40, seed=seed, noise=Noise(device=seed > 1))
         step, verdict = told[0]
         assert (verdict.kind, verdict.ranks) == (kind, (3,)), seed
         assert step <= 20, seed
