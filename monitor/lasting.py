@@ -6,8 +6,8 @@
 come slowly or that somebody else uses is slow from the first step on, and by much.
 
 A rank is found if its excess is over max(10 % of a step, 5 times the spread of all ranks about their peers), where a peer is a rank whose steps are the same sequence
-of operations; of only two, the slower one is found if it is slower by twice as much. What counts is computing, waiting for data and waiting for a processor: one rank that
-saves or logs for all is how jobs are written. Medians over steps: what happens now and then is no lasting slowness.
+of operations. Of only two the slower one has to be slower by twice as much, and so has rank 0, which logs and prints for all. What counts is computing, waiting for
+data and waiting for a processor: one rank that saves for all is how jobs are written. Medians over steps: what happens now and then is no lasting slowness.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class Lasting:
             over[0] -= np.maximum(over[1:], 0.0).sum(axis=0)
         cost = over.sum(axis=0)
         spread = 1.4826 * float(median(np.abs(cost[peers > 1]))) if np.any(peers > 1) else 0.0  # of all: a few peers say little of it
-        bound = np.maximum(self.settings.lasting * np.where(peers == 1, 2.0, 1.0), SPREADS * spread)
+        twice = (peers == 1) | (np.arange(self.size) == 0)
+        bound = np.maximum(self.settings.lasting * np.where(twice, 2.0, 1.0), SPREADS * spread)
         held = np.isin(np.arange(self.size), [*self.found])
         late = cost > np.where(held, HOLDS, 1.0) * bound
         late &= cost >= BESIDE * float(cost.max())

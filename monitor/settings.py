@@ -35,7 +35,7 @@ class Settings:
     slow_long: float = 0.02
     """... and in the long windows (20 to 80 steps)."""
     lasting: float = 0.10
-    """What a rank may cost from the start, over ranks with the same program (twice that where there are only two)."""
+    """What a rank may cost from the start, over ranks with the same program (twice that where there are only two, and for rank 0)."""
     sigma_short: float = 5.0
     """Standard errors of the short window's mean above its peers."""
     sigma_long: float = 4.5

@@ -82,6 +82,13 @@ def test_of_two_that_do_the_same_the_slower_one_is_named():
     assert {(v.kind, v.ranks) for _, v in told} == {("compute-slow", (3,))}
 
 
+def test_rank_0_may_log_and_print_in_every_step():
+    _, told, _ = play("ddp8", steps=40, noise=Noise(log_every=1, log_part=0.12))
+    assert told == []
+    _, told, _ = play("ddp8", steps=40, noise=Noise(log_every=1, log_part=0.3))
+    assert {(v.kind, v.ranks) for _, v in told} == {("compute-slow", (0,))}
+
+
 def test_what_was_slow_from_the_start_and_recovers_is_cleared():
     _, told, _ = play("ddp8", [Fault("compute-slow", (3,), 0.3, 0, end=60)], steps=100)
     assert [v.state for _, v in told if v.ranks == (3,)][-1] == "cleared"
