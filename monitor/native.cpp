@@ -289,6 +289,15 @@ const Spec SPECS[] = {
     {"recv_any_source_", CKPTD_RECV_ANY, 0, true, true, false, false},
 };
 
+uint8_t plain_of(uint8_t code) {  // as SINGLE in tap_ops.py
+    switch (code) {
+        case CKPTD_ALL_REDUCE_COALESCED: return CKPTD_ALL_REDUCE;
+        case CKPTD_ALL_GATHER_COALESCED: return CKPTD_ALL_GATHER;
+        case CKPTD_REDUCE_SCATTER_COALESCED: return CKPTD_REDUCE_SCATTER;
+        default: return code;
+    }
+}
+
 uint8_t dtype_code(at::ScalarType t) {
     switch (t) {
         case at::kByte: return CKPTD_U8;
@@ -591,7 +600,7 @@ const DispatchKeySet BELOW(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelec
 
 class Kernel : public c10::OperatorKernel {
 public:
-    explicit Kernel(Spec s) : spec(s) {}
+    explicit Kernel(Spec s) : spec(s), single(s) { single.coalesced = false, single.code = plain_of(s.code); }
 
     void operator()(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
         if (off.load(std::memory_order_relaxed)) {
@@ -632,7 +641,7 @@ public:
     }
 
 private:
-    Spec spec;
+    Spec spec, single;  // single: what a coalesced operation of one tensor is
 
     bool before(const c10::OperatorHandle& op, const Stack& stack, uint64_t began, uint64_t& tag, bool& async, Pair*& pair, c10::IValue& keep) {
         size_t n = op.schema().arguments().size();
@@ -646,7 +655,8 @@ private:
         if (breaks.load(std::memory_order_relaxed) > 0 && breaks.fetch_sub(1) > 0) throw std::runtime_error("as tests asked");
         if (spec.async >= 0) async = args[spec.async].toBool();
         int64_t peer = spec.peer >= 0 ? args[spec.peer].toInt() : -1;
-        uint64_t i = enter(spec, *m, what, peer, async, began);
+        bool alone = spec.coalesced && spec.even && args[spec.tensors].isList() && args[spec.tensors].toListRef().size() == 1;
+        uint64_t i = enter(alone ? single : spec, *m, what, peer, async, began);
         bool device = what.device.type() != c10::DeviceType::CPU;
         tag = tagged(i, device);
         uint32_t one_in = every.load(std::memory_order_relaxed);

@@ -1,7 +1,10 @@
 """The tap by torch's own hooks (layer "hooks"): ProcessGroup.register_pre_hook and register_post_hook, of torch 2.14 and newer.
 
 They fire below the dispatcher for every caller, like the kernels of the other layers, but they belong to one process group, and are called in Python. Source: pytorch PR
-186300, torch/csrc/distributed/c10d/Hooks.hpp. Not run yet: no torch of that version was at hand when this was written. The trial at attach decides whether it is used.
+186300, torch/csrc/distributed/c10d/Hooks.hpp. Run with torch 2.14.1 over gloo. The trial at attach decides whether it is used.
+
+Three operators share a name there: gathering into a list of tensors, into one tensor, and several tensors each into one; reduce_scatter likewise. Into a list, one side has as
+many tensors more as there are members; else both have equally many.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ NAMES = {
     "ALLGATHER_INTO_TENSOR_COALESCED": "allgather_into_tensor_coalesced_", "REDUCE_SCATTER_BASE": "_reduce_scatter_base_",
     "REDUCE_SCATTER_TENSOR_COALESCED": "reduce_scatter_tensor_coalesced_", "ALLTOALL_BASE": "alltoall_base_",
 }  # fmt: skip
+SHARED = {"allgather_": "allgather_into_tensor_coalesced_", "reduce_scatter_": "reduce_scatter_tensor_coalesced_", "allreduce_": "allreduce_coalesced_"}
+"""What a name may mean besides; of one tensor, that is the plain operation again (`SINGLE`)."""
 
 
 class Hooks:
@@ -60,11 +65,16 @@ class Hooks:
             name = NAMES.get(args.name.name)
             if name is None:  # the making of groups
                 return
-            op = BY_NAME["recv_any_source_" if name == "recv_" and args.root < 0 else name]
-            tensors = args.output_tensors if op.name == "scatter_" else args.input_tensors or args.output_tensors
+            brought, got = args.input_tensors, args.output_tensors
+            if name == "recv_" and args.root < 0:
+                name = "recv_any_source_"
+            elif name in SHARED and len(brought) == len(got) and pg.size() > 1:
+                name = SHARED[name]
+            op = BY_NAME[name]
+            tensors = got if op.name == "scatter_" else brought or got
             i, device = self.seen.enter(op, tensors, pg, args.root if op.p2p else -1, asynchronous=args.async_op)
             if args.async_op and op.code in FUNCTIONAL:
-                self.seen.remember(args.output_tensors or args.input_tensors, i)
+                self.seen.remember(got or brought, i)
             if len(self._open) >= OPEN_MAX:
                 self._open.pop(next(iter(self._open)), None)
             self._open[id(pg), args.op_id] = op, i, device, args.async_op

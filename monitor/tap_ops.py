@@ -58,6 +58,13 @@ OPS: tuple[Op, ...] = (
     Op("recv_any_source_", _code("recv_any"), 0, p2p=True),
 )
 BY_NAME = {op.name: op for op in OPS}
+SINGLE = {
+    coalesced: BY_NAME[plain]
+    for coalesced, plain in (
+        ("allreduce_coalesced_", "allreduce_"), ("allgather_into_tensor_coalesced_", "_allgather_base_"), ("reduce_scatter_tensor_coalesced_", "_reduce_scatter_base_"),
+    )
+}  # fmt: skip
+"""What a coalesced operation of one tensor is called: functional collectives are of this kind, and torch's own hooks do not tell the two apart."""
 WITH_FUTURE = frozenset(op.code for op in OPS if not op.p2p)
 """Codes whose Work usually has a future; the layers find out which has none."""
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, Work
 
 from ckptd.monitor import record
-from ckptd.monitor.tap_ops import BY_NAME, OPS, Op, group_key
+from ckptd.monitor.tap_ops import BY_NAME, OPS, SINGLE, Op, group_key
 from ckptd.monitor.tap_writer import Writer
 
 PENDING_MAX = 64
@@ -100,6 +100,8 @@ class Seen:
 
     def enter(self, op: Op, tensors: Any, pg: Any, peer: int, *, asynchronous: bool, now_ns: int = 0) -> tuple[int, bool]:
         """An operation begins: (its record, whether it is on a device). `peer`: a rank of the group. `now_ns`: when, if it was read already."""
+        if op.coalesced and len(tensors) == 1:
+            op = SINGLE.get(op.name, op)
         row, members = self.row(pg)
         nbytes, dtype, device = (0, 0, False) if tensors is None else measure(tensors)
         if op.tensors < 0:  # a barrier's tensor says only where

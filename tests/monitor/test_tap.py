@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch._C._distributed_c10d import ProcessGroup
 
 from ckptd.channel import Pipe, listen, private_directory
 from ckptd.core import wire
@@ -23,7 +24,8 @@ from tests.forks import free_port, ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = 4
-LAYERS = ["native", "python", "patched"] if tap_build.built() else ["python", "patched"]
+HOOKS = ["hooks"] if hasattr(ProcessGroup, "register_pre_hook") else []  # torch 2.14
+LAYERS = [*(["native"] if tap_build.built() else []), *HOOKS, "python", "patched"]
 FULL = [n for n in LAYERS if n != "patched"]
 needs_native = pytest.mark.skipif("native" not in LAYERS, reason="the tap's C++ is not built (python -m ckptd.monitor.tap_build)")
 
@@ -403,7 +405,7 @@ def test_a_layer_that_sees_nothing_is_not_believed(monkeypatch):
         its = tap.current() or tap.attach()
         return its.layer
 
-    assert ranks(1, rank, env={"CKPTD_TAP": "1", "CKPTD_DIR": "/nonexistent", "CKPTD_TAP_BUILD": "0"}) == ["python"]
+    assert ranks(1, rank, env={"CKPTD_TAP": "1", "CKPTD_DIR": "/nonexistent", "CKPTD_TAP_BUILD": "0"}) == [(HOOKS + ["python"])[0]]
 
 
 @pytest.mark.parametrize("layer", FULL)
