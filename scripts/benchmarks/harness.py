@@ -70,6 +70,18 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began_s
 
 
+def loop_s() -> float:
+    """Processor seconds of five million additions in Python, the least of three: what a processor's second is worth just now."""
+
+    def add() -> float:
+        total, begun = 0, time.thread_time()
+        for i in range(5_000_000):
+            total += i
+        return time.thread_time() - begun
+
+    return min(add() for _ in range(3))
+
+
 def rates(cases: dict[str, Callable[[], Any]], rounds: int, nbytes: int) -> dict[str, list[float]]:
     """case -> bytes per second by round, where each case does `nbytes`; warmed up, interleaved, in an order that is drawn anew for each round.
 
