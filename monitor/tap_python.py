@@ -265,7 +265,7 @@ class Kernels:
         async_at = names.index("async_op") if "async_op" in names else -1
         functional = spec.code in FUNCTIONAL
         async_default = bool(defaults.get("async_op", True)) if async_at >= 0 else spec.p2p
-        seen, writer, below, redispatch = self.seen, self.seen.writer, self._below, op._handle.redispatch_boxed  # noqa: SLF001  `op.redispatch` is this in one more frame
+        seen, writer, below, redispatch = self.seen, self.seen.writer, self._below, op._handle.redispatch_boxed  # noqa: SLF001  `op.redispatch` packs all arguments once more, in every collective; without it this layer is not taken
         unbox, unbox_work, tensors_at = ProcessGroup.unbox, Work.unbox, max(spec.tensors, 0)
 
         def kernel(keys: Any, *args: Any) -> Any:

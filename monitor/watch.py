@@ -1,7 +1,7 @@
 r"""Steps that all ranks told, watched: roles, phases, stragglers, transfers, the job's pace, losses. Pure.
 
     Joined ---> phase? ---> left out (its checkpoints are looked at by themselves)
-            \-> roles ---> Stragglers, Transfers, Pace ---every few steps---> Seen
+            \-> roles ---> Stragglers, Lasting, Transfers, Pace ---every few steps---> Seen
 
 A *phase* is a step in which a rank evaluated, compiled or saved for longer than it does in every step; it, and the step after it, says nothing about speed.
 """
