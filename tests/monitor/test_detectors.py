@@ -415,3 +415,13 @@ def test_rare_long_batches_do_not_hide_a_slow_rank():
     first, _ = watched(100, 4, lambda r, s: summary(r, s, own=int(80 * MS * factor[s, r]) + 9 * MS * (r == 2 and s > 50)))
     assert set(first) == {2}
     assert first[2][0] <= 64
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((9,), -1), ((5, 8), 0), ((5, 8), 1), ((16, 3, 7), 0), ((16, 3, 7), 1), ((16, 3, 7), 2)])
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_our_median_is_numpys(shape, axis):
+    random = np.random.default_rng(7)
+    for missing in (0.0, 0.3, 0.9):
+        values = random.normal(size=shape)
+        values[random.random(shape) < missing] = np.nan
+        np.testing.assert_allclose(median(values, axis=axis), np.nanmedian(values, axis=axis))
