@@ -191,11 +191,11 @@ std::vector<int64_t> members_of(c10d::ProcessGroup& pg, const std::string& name)
     try {
         for (const auto& d : pg.getDeviceTypes()) {
             auto options = pg.getBackend(d.type())->getBackendOptions();
-            if (int(options->global_ranks_in_group.size()) == pg.getSize()) {
+            if (options && int(options->global_ranks_in_group.size()) == pg.getSize()) {
                 return std::vector<int64_t>(options->global_ranks_in_group.begin(), options->global_ranks_in_group.end());
             }
         }
-    } catch (...) {  // a backend without options
+    } catch (...) {  // a backend without options: one says so, another gives none
     }
     std::vector<int64_t> all(pg.getSize());
     for (size_t i = 0; i < all.size(); i++) all[i] = int64_t(i);

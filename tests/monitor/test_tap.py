@@ -344,6 +344,28 @@ def with_tap(layer: str, work) -> object:
     return ranks(1, rank, env={"CKPTD_TAP": layer, "CKPTD_DIR": "/nonexistent", "CKPTD_TAP_BUILD": "0"})[0]
 
 
+@pytest.mark.parametrize("layer", FULL)
+def test_a_group_of_a_backend_that_says_nothing_of_itself(layer):
+    """Nobody told Python of this group, and its backend gives no options: a process died of asking it."""
+
+    def work(its):
+        import torch
+        import torch.distributed as dist
+        from torch._C import _distributed_c10d as c10d
+
+        backend = getattr(c10d.FakeProcessGroup, "_create_internal", c10d.FakeProcessGroup)(0, 1)
+        group = c10d.ProcessGroup(dist.HashStore(), 0, 1)
+        kind = c10d.ProcessGroup.BackendType.CUSTOM
+        group._register_backend(torch.device("cpu"), kind, backend)
+        group._set_default_backend(kind)
+        group._set_group_name("untold")
+        group.allreduce([torch.zeros(3)]).wait()
+        newest = its.ring.read(0).records[-1]
+        return [int(newest["op"]), int(newest["bytes"]), [*its.ring.groups()[int(newest["group"])].members]]
+
+    assert with_tap(layer, work) == [record.OPS.index("all_reduce"), 12, [0]]
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_forked_child_writes_nothing(layer):
     def work(its):
