@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +36,7 @@ from ckptd.monitor import probes, record, recorded, report
 from ckptd.monitor.engine import Ask, Concluded, Engine, Past
 from ckptd.monitor.engine import Settings as EngineSettings
 from ckptd.monitor.ring import Group, Ring
-from ckptd.monitor.steps import Done, Summarizer, join_node, recent_signatures, summarize
+from ckptd.monitor.steps import Done, Summarizer, join_node, recent_signatures, stride, summarize
 
 if TYPE_CHECKING:
     from ckptd.daemon import Client, Daemon
@@ -112,6 +113,11 @@ class Job:
     verdicts: dict[int, report.Verdict] = field(default_factory=dict)
     acted: dict[int, str] = field(default_factory=dict)
     waiting_since_s: float = 0.0
+    pace_us: float = 0.0
+    """What steps here usually take, lately."""
+    every: int = 1
+    """One in so many of those that are read next is told; `told_every`: of those that were read last."""
+    told_every: int = 1
     over_s: float = 0.0
     """When the last of its ranks was gone."""
 
@@ -243,8 +249,11 @@ class Watcher:
         due = [r for r in job.ranks.values() if not r.gone and now_s - r.drained_s >= DRAIN_S]
         for r in due:
             r.drained_s = now_s
+            r.steps.every = job.every
             self._sample(r)
         self._drain(due)
+        job.told_every = job.every
+        self._set_pace(job, due)
         for r in job.ranks.values():
             if r.gone:
                 continue
@@ -263,6 +272,15 @@ class Watcher:
             if job.recorder is not None:
                 job.recorder.write(now_s, wall_s)
             self._conclude(job, job.engine.tick(now_s, wall_s))
+
+    @staticmethod
+    def _set_pace(job: Job, ranks: Sequence[Rank]) -> None:
+        """How many of the steps to come are told: the same of all ranks here."""
+        walls = [r.wall_s * 1e6 for r in ranks if r.wall_s > 0.0]
+        if walls:
+            now = statistics.median(walls)
+            job.pace_us += (now - job.pace_us) * (0.3 if job.pace_us else 1.0)
+            job.every = stride(job.pace_us)
 
     @staticmethod
     def _drain(ranks: Sequence[Rank]) -> None:
@@ -370,7 +388,7 @@ class Watcher:
         probed, stacks, job.probed, job.stacks = job.probed, job.stacks, [], []
         told = report.Report(
             node=self._node_of(job), sent=job.sent, ranks=[*ranks], steps=[*steps][: report.STEPS_MAX], pulses=[*pulses], health=health,
-            probed=probed, stacks=stacks,
+            probed=probed, stacks=stacks, every=job.told_every,
         )  # fmt: skip
         if self._coordinates(job):
             self._receive(job, told)

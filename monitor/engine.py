@@ -90,7 +90,7 @@ class Engine:
         self._step = max([self._step, *[p.step for p in report.pulses]])
         out = self._deaths(report.pulses)
         if report.steps:
-            self.watch.join.add(report.steps, now_s)
+            self.watch.join.add(report.steps, now_s, node=report.node, every=report.every)
             out += self._steps()
         if report.probed:
             self.asks.answered(report.probed)

@@ -115,19 +115,29 @@ class Join:
         self.joined, self.late, self.records_lost, self.rank_steps = 0, 0, 0, 0
         self.groups: dict[int, int] = {}
         self.keys: list[int] = []
+        self.every: dict[int, int] = {}
+        """Node -> one in how many steps it tells: what is joined are those that all nodes tell."""
         self.unlike: dict[tuple[int, int], int] = {}
         """(group, rank) -> by how much its sequence numbers differ from the start."""
+        self._all = self._before = 1
+        """One in so many is joined: of all steps, and of those until `_until`."""
+        self._until = self._newest = -1
         self._met: set[int] = set()
         self._late_run = 0
         self._programs: dict[int, int] = {0: -1}
         self._limit = max(PENDING_MAX, PENDING_CELLS // (len(SIGNALS) * max(1, world_size)) // 8)
 
-    def add(self, summaries: Iterable[StepSummary], now_s: float) -> None:
-        """Take what ranks told. A step that was already given out is counted as late."""
+    def add(self, summaries: Iterable[StepSummary], now_s: float, *, node: int = 0, every: int = 1) -> None:
+        """Take what ranks told, of a node that tells every so-manieth step. A step that was already given out is counted as late."""
+        if every != self.every.get(node, 1):
+            self._follow(node, every)
         pending, size = self.pending, self.world_size
         for s in summaries:
             rank, step = s.rank, s.step
             if not 0 <= rank < size:
+                continue
+            self._newest = max(self._newest, step)
+            if not self._joins(step):
                 continue
             if step <= self.done and not self._renumbered(step):
                 self.late += 1
@@ -147,6 +157,19 @@ class Join:
                 p.bad.append((rank, s.bad))
             if s.groups and not s.lost:
                 self._groups(p, rank, s)
+
+    def _joins(self, step: int) -> bool:
+        return step % (self._all if step > self._until else self._before) == 0
+
+    def _follow(self, node: int, every: int) -> None:
+        """A node tells more or fewer steps than before. Of more, those do not count that lie before what another node, when it still told fewer, has told."""
+        self.every[node] = every
+        fewest = max(self.every.values())
+        self._before = max(fewest, self._all, self._before if self._until > self.done else 1)
+        if fewest < self._all:
+            self._until = self._newest + self._all - 1  # so far a node may have come without telling more
+        self._all = fewest
+        self.pending = {step: p for step, p in self.pending.items() if self._joins(step)}
 
     def _renumbered(self, step: int) -> bool:
         """Whether the job numbers its steps anew: nothing but old numbers for long."""
@@ -220,7 +243,7 @@ class Join:
         odd = [o for key, by_place in p.places.items() if (o := self._odd(key, by_place)) is not None]
         self.done, self._late_run = step, 0
         self.joined += 1
-        self.rank_steps += len(at)
+        self.rank_steps += len(at) * self._all
         self.records_lost += lost
         return Joined(step, values, present, program, bad, transfer, nbytes, odd, lost, self.known - int(np.count_nonzero(present)))
 

@@ -181,6 +181,8 @@ class Report(msgspec.Struct, frozen=True):
     health: Health | None = None
     probed: Annotated[list[Probed], Meta(max_length=STEPS_MAX)] = []
     stacks: Annotated[list[Stack], Meta(max_length=64)] = []
+    every: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
+    """Of steps, this node tells those whose number is a multiple of this (a power of two)."""
 
 
 # --- what the coordinator concludes ----------------------------------------------------------------------------------------

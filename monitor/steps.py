@@ -32,6 +32,9 @@ from ckptd.monitor.ring import Group
 
 Array = np.ndarray[Any, Any]
 
+APART_US = 50_000
+"""Of shorter steps not every one is told and looked at, but those so far apart."""
+EVERY_MAX = 64
 STRETCH_NS = 1 << 50
 """Thirteen days: no window of a ring holds more."""
 SAMPLES_MAX = 4096
@@ -48,6 +51,11 @@ def mix(words: Array) -> Array:
     z = (z ^ (z >> np.uint64(30))) * _MIX[1]
     z = (z ^ (z >> np.uint64(27))) * _MIX[2]
     return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def stride(wall_us: float) -> int:
+    """One in so many steps of this length says as much of speed as all, and a daemon has other work. A power of two: what one node tells, another one tells, too."""
+    return min(EVERY_MAX, 1 << max(0, int(APART_US / max(wall_us, 1.0)).bit_length() - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +108,14 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Whole steps of one rank: their records, and where in them each step ends."""
+    """Whole steps of one rank: their records, where in them each step ends, what it is called, when it began, and what was no number in it or before it."""
 
     of: Summarizer
     records: Array
     places: Array
+    numbers: Array
+    began_ns: Array
+    bad: Array
     groups: Sequence[Group]
 
 
@@ -115,6 +126,8 @@ class Summarizer:
         self.rank = rank
         self.begin = 0
         """The record from which the next window is to be read."""
+        self.every = 1
+        """Only steps whose number is a multiple are told (`stride`); a loss that is no number is told with the next of them."""
         self.samples = Samples()
         self.lost = 0
         """Records, since the beginning."""
@@ -124,6 +137,7 @@ class Summarizer:
         self._count = 0
         self._rest: Array | None = None
         self._rest_lost = 0
+        self._bad = 0
 
     def feed(self, first: int, records: Array, lost: int, groups: Sequence[Group], capacity: int) -> list[Done]:
         """Summaries of the steps that ended in a window. `first`: index of its first record; `lost`: of those that were overwritten before it."""
@@ -154,7 +168,39 @@ class Summarizer:
             places = places + len(self._rest)
             self._rest = None
         self.begin = self._after(first, records, end)
-        return Batch(self, whole, places, groups)
+        return self._thinned(whole, places, self._numbers(whole[places]), self._began(whole, places), groups)
+
+    def _thinned(self, records: Array, places: Array, numbers: Array, began_ns: Array, groups: Sequence[Group]) -> Batch | None:
+        """The steps of these that are told."""
+        bad = self._bad_of(records, places)
+        told = np.flatnonzero(numbers % self.every == 0) if self.every > 1 else np.arange(len(places))
+        bad = self._with_next(bad, told) if bad.any() or self._bad else bad[told]
+        if len(told) == len(places):
+            return Batch(self, records, places, numbers, began_ns, bad, groups)
+        if not len(told):
+            return None
+        chosen = np.zeros(len(places), np.bool_)
+        chosen[told] = True
+        kept = np.repeat(chosen, np.diff(places, prepend=-1))
+        return Batch(self, records[kept], np.cumsum(kept)[places[told]] - 1, numbers[told], began_ns[told], bad, groups)
+
+    @staticmethod
+    def _bad_of(records: Array, places: Array) -> Array:
+        """BAD_* bits of each step's losses."""
+        bad = np.zeros(len(places), np.int64)
+        losses = np.flatnonzero((records["op"] == record.LOSS) & ((records["flags"] & record.MARK) != 0))
+        if len(losses):
+            np.bitwise_or.at(bad, np.searchsorted(places, losses), records["bytes"][losses].astype(np.int64))
+        return bad
+
+    def _with_next(self, bad: Array, told: Array) -> Array:
+        """What was wrong in a step that is not told is told with the next that is."""
+        found, at = [], 0
+        for end in told.tolist():
+            found.append(int(np.bitwise_or.reduce(bad[at : end + 1])) | self._bad)
+            self._bad, at = 0, end + 1
+        self._bad |= int(np.bitwise_or.reduce(bad[at:])) if at < len(bad) else 0
+        return np.array(found, np.int64)
 
     @staticmethod
     def _after(first: int, records: Array, count: int) -> int:
@@ -168,14 +214,15 @@ class Summarizer:
             kept = kept[len(kept) // 2 :]
         self._rest = kept
 
-    def numbers(self, ends: Array) -> Array:
+    def _numbers(self, ends: Array) -> Array:
         """What the steps that end with these marks are called; they count as told."""
         counted = self._count + 1 + np.arange(len(ends))
         self._count += len(ends)
         return ends["bytes"].astype(np.int64) if self._numbered else counted
 
-    def began(self, records: Array, ended_ns: Array) -> Array:
-        """When the steps began that ended then: each where the one before ended, the very first with the first thing seen."""
+    def _began(self, records: Array, places: Array) -> Array:
+        """When the steps began that end there: each where the one before ended, the very first with the first thing seen."""
+        ended_ns = records["entered_ns"][places].astype(np.int64)
         first = self._last_ns or min(int(records["entered_ns"].min()), int(ended_ns[0]))
         self._last_ns = int(ended_ns[-1])
         return np.concatenate([[first], ended_ns[:-1]])
@@ -198,9 +245,8 @@ def summarize(batches: Sequence[Batch]) -> list[list[Done]]:
     count = len(places)
     rank_of = np.repeat(np.arange(len(batches)), np.diff(steps))
     ended_ns = records["entered_ns"][places].astype(np.int64)
-    began_ns = np.concatenate([b.of.began(b.records, ended_ns[i:j]) for b, (i, j) in zip(batches, spans, strict=True)])
+    began_ns, numbers, bad = (np.concatenate([getattr(b, name) for b in batches]) for name in ("began_ns", "numbers", "bad"))
     cpu_us, delay_us = (np.concatenate(parts) for parts in zip(*(b.of.samples.between(began_ns[i:j], ended_ns[i:j]) for b, (i, j) in zip(batches, spans, strict=True)), strict=True))
-    numbers = np.concatenate([b.of.numbers(records[places[i:j]]) for b, (i, j) in zip(batches, spans, strict=True)])
     marks = (records["flags"] & record.MARK) != 0
     step_of = np.searchsorted(places, np.arange(len(records)))  # a mark belongs to the step that it ends
     at = np.flatnonzero(~marks)
@@ -211,9 +257,6 @@ def summarize(batches: Sequence[Batch]) -> list[list[Done]]:
     self_us = _self_times(ops, op_step, began_ns, ended_ns, rank_of)
     wall_us = np.maximum(ended_ns - began_ns, 0) // 1000
     parts = _parts(records[marks], step_of[marks], count)
-    bad = np.zeros(count, np.int64)
-    losses = marks & (records["op"] == record.LOSS)
-    np.bitwise_or.at(bad, step_of[losses], records["bytes"][losses].astype(np.int64))
     device_us = np.bincount(op_step, ops["inside_us"].astype(np.float64), count).astype(np.int64)
     words = _words(ops)
     groups = _Groups(batches)

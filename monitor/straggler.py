@@ -18,6 +18,7 @@ Sources: monitoring.md 3(b) (rule, role peers, run_delay), 4.5.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,8 @@ class Stragglers:
         """Compute of ranks without role peers: their own usual time."""
         self._last = np.zeros((2, 2, r))
         """Means of the last 10 and of the last 40 steps, by series and rank."""
+        self._recent: Array | None = None
+        """The longest window, clipped; None: not since the last step."""
         self._walls: list[float] = []
         self._first: list[Array] = []
 
@@ -143,6 +146,7 @@ class Stragglers:
         self.steps[k] = j.step
         self.walls[k] = known(v[join.WALL])
         self.count += 1
+        self._recent = None
         self._learn()
         self._runs(k)
 
@@ -277,6 +281,7 @@ class Stragglers:
             self._last[1] = means
             if self.count >= 120:
                 self.wide_var += (now - self.wide_var) / min(self.count / 40.0 - 2.0, 20.0)
+        self._recent = None  # it was clipped by what noise was known before
 
     def _middles(self, rows: Array) -> None:
         """The same for the short window, which looks at medians: what a spike adds to a mean is no noise of theirs."""
@@ -288,9 +293,11 @@ class Stragglers:
 
     def _clipped(self, w: int) -> Array:
         """Series x the last w steps x ranks, parts of a step, spikes clipped."""
-        at = np.arange(self.count - w, self.count) % KEPT
-        wide = np.maximum(CLIP, 4.0 * np.sqrt(self.step_var))[:, None]
-        return np.asarray(np.clip(np.stack([self.total[at], self.excess[at, COMPUTE]]) / max(self.wall_us, 1.0), -wide, wide))
+        if self._recent is None:
+            at = np.arange(self.count - min(self.count, WINDOWS[-1]), self.count) % KEPT
+            wide = np.maximum(CLIP, 4.0 * np.sqrt(self.step_var))[:, None]
+            self._recent = np.clip(np.stack([self.total[at], self.excess[at, COMPUTE]]) / max(self.wall_us, 1.0), -wide, wide)
+        return np.asarray(self._recent[:, -w:])
 
     def _runs(self, k: int) -> None:
         """Steps in a row in which a rank was far out: episodes of an intermittent fault."""
@@ -303,11 +310,16 @@ class Stragglers:
 
     def standard_error(self, n: int) -> Array:
         """Of the mean of n steps against the baseline, as part of a step; by series and rank."""
+        return np.asarray(self._standard_errors([n])[0])
+
+    def _standard_errors(self, windows: Sequence[int]) -> Array:
+        """The same, by window, series and rank."""
         var = np.maximum(self.step_var, 10.0 * self.block_var)
         var = np.minimum(var, NOISIER * median(var, axis=1)[:, None])
-        mean = np.maximum(var / n, self.wide_var[:, None] if n >= 40 else 0.0)
         past = np.maximum(self.base_n, 1.0)
-        return np.asarray(np.sqrt(mean + np.maximum(var / past, self.wide_var[:, None] * np.minimum(1.0, 80.0 / past))))
+        base = np.maximum(var / past, self.wide_var[:, None] * np.minimum(1.0, 80.0 / past))
+        means = [np.maximum(var / n, self.wide_var[:, None] if n >= 40 else 0.0) for n in windows]
+        return np.asarray(np.sqrt(np.array(means) + base))
 
     def look(self) -> list[Late]:
         """Ranks that are found now, and ranks that were and have not recovered."""
@@ -341,17 +353,17 @@ class Stragglers:
         steady = (last > 0.5 * bound).sum(axis=0) >= 8
         best = np.where(steady & enough, median(last, axis=0) / bound, 0.0)
         window = np.full(self.size, 10)
-        for w in WINDOWS[1:]:
-            if n < w + self.settings.learn_steps + 5:
-                break
-            mean = self._mean(w)
-            spread = 1.4826 * median(np.abs(mean - median(mean, axis=1)[:, None]), axis=1)[:, None] if self.size >= 8 else 0.0
-            strict = 1.15 if w == WINDOWS[1] else 1.0  # the shortest of them is looked at most often, in proportion to its length
-            limit = strict * np.maximum(np.maximum(s.slow_long, s.sigma_long * self.standard_error(w)), 4.5 * spread)
-            enough = self.good[np.arange(n - w, n) % KEPT].sum(axis=0) >= 0.8 * w
-            ratio = np.where(enough, (mean / limit).max(axis=0), 0.0)
-            window = np.where(ratio > best, w, window)
-            best = np.maximum(best, ratio)
+        windows = [w for w in WINDOWS[1:] if n >= w + s.learn_steps + 5]
+        if windows:
+            means = np.stack([self._mean(w) for w in windows])
+            spread = 1.4826 * median(np.abs(means - median(means)[..., None]))[..., None] if self.size >= 8 else 0.0
+            limits = np.maximum(np.maximum(s.slow_long, s.sigma_long * self._standard_errors(windows)), 4.5 * spread)
+            limits[0] *= 1.15  # the shortest of them is looked at most often, in proportion to its length
+            good = self.good[np.arange(n - windows[-1], n) % KEPT]
+            for w, ratios in zip(windows, (means / limits).max(axis=1), strict=True):
+                ratio = np.where(good[-w:].sum(axis=0) >= 0.8 * w, ratios, 0.0)
+                window = np.where(ratio > best, w, window)
+                best = np.maximum(best, ratio)
         often = np.where(self.episodes >= EPISODES - 0.6, self.episodes / (EPISODES - 0.6), 0.0)
         lonely = often > 3.0 * median(self.episodes) + 0.0
         best = np.where(lonely & (self.runs >= RUN), np.maximum(best, often), best)

@@ -23,6 +23,7 @@ from ckptd.monitor.report import Evidence, Finding
 from ckptd.monitor.roles import Roles
 from ckptd.monitor.settings import Settings
 from ckptd.monitor.standing import Roll
+from ckptd.monitor.steps import stride
 from ckptd.monitor.straggler import KEPT, Stragglers
 from ckptd.monitor.verdict import Seen
 
@@ -32,9 +33,7 @@ PHASE = 0.02
 """Evaluating or compiling for more than this part of a step makes it a phase."""
 SAVING = 0.10
 """Saving for this much longer than usual makes it one."""
-APART_US = 50_000
-"""Of steps of less than half of this every so-manieth is looked at, but for what is certain at once: their daemon hears of them twice a second, of ten even so."""
-EVERY_S = 0.1
+EVERY_S = 0.2
 """Windows are looked at no more often."""
 EVERY_STEPS = 2
 NODE_MIN = 3
@@ -82,8 +81,9 @@ class Watch:
         self.step = j.step
         self.steps_seen += 1
         now = self._at_once(j)
-        if self.stragglers.wall_us and j.step % max(1, int(APART_US / self.stragglers.wall_us)):
-            return now, None  # steps of a millisecond: one of some says as much of speed, and a daemon has other work
+        every = stride(self.stragglers.wall_us) if self.stragglers.wall_us else 1
+        if j.step % every:
+            return now, None  # told all the same
         self.values = np.where(np.isnan(j.values), self.values, j.values)
         self._pauses(j)
         if self.steps_seen <= self.settings.warmup_steps or self._phase(j):
@@ -101,7 +101,7 @@ class Watch:
         program = int(np.bincount(told + 1).argmax()) - 1 if len(told) else -1
         self.pace.add(j.step, float(median(j.values[join.WALL])), program)
         self.since_look += 1
-        if self.since_look < max(EVERY_STEPS, int(EVERY_S * 1e6 / max(wall_us, 1.0))):
+        if self.since_look < max(EVERY_STEPS, int(EVERY_S * 1e6 / max(wall_us * every, 1.0))):
             return now, None
         self.since_look = 0
         return now, self.look()

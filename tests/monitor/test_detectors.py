@@ -62,6 +62,27 @@ def test_steps_come_whole_and_in_order():
     assert table.late == 1
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_of_nodes_that_tell_steps_more_and_less_often_those_count_that_all_tell(seed):
+    """Three nodes that change from one stride to another at different times and tell several steps at once: no step is waited for that somebody does not tell."""
+    rng, nodes = np.random.default_rng(seed), 3
+    table, out, stride = Join(nodes), [], 1
+    every, told = [1] * nodes, [0] * nodes
+    for tick in range(80):
+        stride = int(rng.choice([1, 2, 4, 8])) if rng.random() < 0.1 else stride
+        for node in range(nodes):
+            every[node] = stride if rng.random() < 0.5 else every[node]
+            until = min(told[node] + int(rng.integers(0, 13)), min(told) + 30)
+            steps = [summary(node, s) for s in range(told[node] + 1, until + 1) if s % every[node] == 0]
+            table.add(steps, tick / 100, node=node, every=every[node])
+            told[node] = until
+        out += table.ready(tick / 100)
+    assert not any(j.missing for j in out)
+    assert not [s for s in table.pending if s <= min(told)], "waited for in vain"
+    assert len(out) > min(told) // 8 - 8
+    assert table.late == 0
+
+
 def test_lost_records_leave_a_rank_unknown():
     _, (j,) = joined(1, 2, lambda r, s: summary(r, s, lost=5 * r))
     assert not np.isnan(j.values[join.SELF, 0])

@@ -9,7 +9,7 @@ import pytest
 
 from ckptd.monitor import record
 from ckptd.monitor.ring import Group, Ring
-from ckptd.monitor.steps import Samples, Summarizer, join_node, recent_signatures, summarize
+from ckptd.monitor.steps import APART_US, EVERY_MAX, Samples, Summarizer, join_node, recent_signatures, stride, summarize
 from ckptd.monitor.tap_writer import Writer
 
 MS = 1_000_000
@@ -224,3 +224,53 @@ def test_ranks_summed_at_once_are_as_summed_alone(seed):
         assert [[d.summary for d in done] for done in of_all] == [[d.summary for d in done] for done in of_each]
         for a, b in zip([d for done in of_all for d in done], [d for done in of_each for d in done], strict=True):
             assert all(np.array_equal(getattr(a.timed, n), getattr(b.timed, n)) for n in ("keys", "seqs", "inside_ns"))
+
+
+def test_strides_are_powers_of_two_that_lie_within_each_other():
+    """Two nodes that see a step's length a little differently tell steps of which the fewer are among the more."""
+    strides = [stride(us) for us in range(1, 300_000, 7)]
+    assert all(n & (n - 1) == 0 and 1 <= n <= EVERY_MAX for n in strides)
+    assert strides == sorted(strides, reverse=True)
+    assert (stride(100_000), stride(APART_US), stride(APART_US / 2), stride(20_000), stride(12_000), stride(0.0)) == (1, 1, 2, 2, 4, EVERY_MAX)
+
+
+def short_steps(count: int, bad: set[int]) -> list[np.ndarray]:
+    """Windows of a few steps of 10 ms; whose numbers are in `bad` had a loss that is none."""
+    run, t = Run(), 1000 * MS
+    cuts = [0]
+    for step in range(1, count + 1):
+        for _ in range(3):
+            t += 3 * MS
+            run.op(t - MS * (step % 2), t, t)
+        if step in bad:
+            run.mark(record.LOSS, t, value=record.BAD_LOSS)
+        t += MS
+        run.mark(record.STEP, t, value=step, flags=record.NUMBERED)
+        if step % 7 == 0:
+            cuts.append(len(run.rows))
+    return [run.records[a:b] for a, b in zip(cuts, [*cuts[1:], len(run.rows)], strict=True)]
+
+
+@pytest.mark.parametrize("every", [2, 4, 16])
+def test_of_short_steps_some_are_told_as_they_are_and_nothing_wrong_is_forgotten(every):
+    bad = {3, 13, 14, 29}
+    windows = short_steps(64, bad)
+    whole, some = Summarizer(0), Summarizer(0)
+    some.every = every
+    of_whole, of_some = ([d.summary for w in windows for d in s.feed(0, w, 0, [group()], 8192)] for s in (whole, some))
+    assert [s.step for s in of_some] == [s.step for s in of_whole if s.step % every == 0]
+    by_step = {s.step: s for s in of_whole}
+    for s in of_some:
+        same = by_step[s.step]
+        assert (s.wall_us, s.self_us, s.ops, s.program, s.groups, s.ended_ns) == (same.wall_us, same.self_us, same.ops, same.program, same.groups, same.ended_ns)
+        within = bad & {*range(s.step - every + 1, s.step + 1)}
+        assert s.bad == (record.BAD_LOSS if within else 0), s.step
+    assert {s.step for s in of_whole if s.bad} == bad
+
+
+def test_steps_that_are_not_told_cost_no_summary():
+    windows = short_steps(64, set())
+    s = Summarizer(0)
+    s.every = 16
+    batches = [s.cut(0, w, 0, [group()], 8192) for w in windows]
+    assert sum(len(b.records) for b in batches if b is not None) == 4 * (3 + 1)
