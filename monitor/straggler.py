@@ -6,10 +6,11 @@ Role peers are ranks whose step is the same sequence of operations (`program`), 
 with what the whole job did meanwhile. On a device the host's times say little: there the straggler is who stands least in collectives, and the same windows are
 filled with (the others' time in collectives) - (its own).
 
-A rank is found if it exceeds its peers in 8 of the last 10 steps and their median is over max(5 % of a step, 5 standard errors); or if the mean of the last 20, 40 or 80
-steps is over max(2 %, 4.5 standard errors) above its own past. Standard errors are learned from how far blocks of 10 steps lie from the
-block before, so that noise with a memory counts as what it is and a rank that has become slow does not hide in it; single spikes are clipped. What was so from the start
-is the baseline, the job's own unevenness; where it is large, `lasting.py` says so.
+A rank is found if it exceeds its past in 8 of the last 10 steps and their middle (the mean, steps far from the median clipped) is over max(5 % of a step, 5 standard
+errors); or if the mean of the last 20, 40 or 80 steps is over max(2 %, 4.5 standard errors), for as long as 14 steps more. Standard errors are learned from blocks of 10
+steps, so that noise with a memory counts as what it is, and so that a rank that has become slow does not hide in it: those of means from how far a block lies from the
+block before, those of middles from the scatter within blocks, and from blocks that lie behind. What was so from the start is the baseline, the job's own unevenness;
+where it is large, `lasting.py` says so.
 
 The baseline is the mean of what lies behind: the first half of what was seen, later everything older than 100 steps, never steps in which the rank was suspected.
 
@@ -26,6 +27,7 @@ import numpy as np
 
 from ckptd.monitor import join
 from ckptd.monitor.join import Joined, known, median
+from ckptd.monitor.middles import BLOCK, MEDIAN_OF_SQUARE, SPREAD, Middles
 from ckptd.monitor.report import Evidence, Finding
 from ckptd.monitor.settings import Settings
 
@@ -47,8 +49,6 @@ BESIDE = 0.4
 """A rank whose excess is less than this part of the largest one is not named beside it: disturbed, not disturbing."""
 ROLE_MIN = 3
 CLIP = 0.15
-OF_MEDIAN = 1.57
-"""The variance of a median, as a multiple of a mean's (of normal values)."""
 AGAIN = 14
 """What a long window shows is believed if it still shows it with so many new steps in it."""
 NOISIER = 9.0
@@ -92,9 +92,7 @@ class Stragglers:
         """By series (all of a rank's excess; its compute alone, which is quieter) and rank: of means of 10 steps."""
         self.blocks = 0
         self.step_var = np.zeros((2, r))
-        self.middle_var = np.zeros(r)
-        """Of a step as medians see it (by the median distance), and of the median of a block of 10: spikes are in neither."""
-        self.middles_var = np.zeros(r)
+        self.middles = Middles(r)
         self.wide_var = np.zeros(2)
         """Of means of 40 steps, all ranks pooled: noise with a long memory."""
         self.wall_us = 0.0
@@ -257,8 +255,7 @@ class Stragglers:
             spread = 1.4826 * median(np.abs(np.stack([self.total[:n], self.excess[:n, COMPUTE]])), axis=1) / max(self.wall_us, 1.0)
             self.step_var = np.maximum(spread, median(spread, axis=1)[:, None]) ** 2
             self.block_var = self.step_var / 10.0
-            self.middle_var = self.step_var[0].copy()
-            self.middles_var = OF_MEDIAN * self.middle_var / 10.0
+            self.middles.begin(self.total[:n] / max(self.wall_us, 1.0), self.step_var[0].copy())
 
     def _noise(self) -> None:
         """One more block of 10. How far its mean lies from the last one's is a sample of the variance of such means: a rank that has become slow changes once, and does not hide in it."""
@@ -273,23 +270,16 @@ class Stragglers:
             self.block_var += weight * (change**2 - self.block_var)
         self._last[0] = means
         self.step_var += weight * (rows.var(axis=1) - self.step_var)
-        self._middles(rows[0])
+        blocks = self._clipped(BLOCK * min(self.count // BLOCK, SPREAD))[0]
+        self.middles.add(blocks, self.count, self.learned, self.flagged)
         if self.count % 40 == 0 and self.count >= 80:
             means = self._clipped(40).mean(axis=1)
             known = self.count > EARLY  # before, what the baseline does not know yet would count as noise
-            now = 2.2 * median(means**2 if known else (means - self._last[1]) ** 2 / 2.0, axis=1)  # the median of a squared normal is 0.455 of its variance
+            now = median(means**2 if known else (means - self._last[1]) ** 2 / 2.0, axis=1) / MEDIAN_OF_SQUARE
             self._last[1] = means
             if self.count >= 120:
                 self.wide_var += (now - self.wide_var) / min(self.count / 40.0 - 2.0, 20.0)
         self._recent = None  # it was clipped by what noise was known before
-
-    def _middles(self, rows: Array) -> None:
-        """The same for the short window, which looks at medians: what a spike adds to a mean is no noise of theirs."""
-        middle = median(rows, axis=0)
-        usual = np.abs(middle) < 4.0 * np.sqrt(np.maximum(self.middles_var, OF_MEDIAN * self.middle_var / 10.0)) + 1e-9
-        weight = np.where(self.flagged | ~usual, 0.02 * usual, 1.0 / min(self.blocks + 2.0, 50.0))
-        self.middles_var += weight * (middle**2 - self.middles_var)
-        self.middle_var += weight * ((1.4826 * median(np.abs(rows - middle), axis=0)) ** 2 - self.middle_var)
 
     def _clipped(self, w: int) -> Array:
         """Series x the last w steps x ranks, parts of a step, spikes clipped."""
@@ -326,7 +316,7 @@ class Stragglers:
         n = self.count
         if n < self.settings.learn_steps + 8:
             return []
-        over, window = self._levels(n)
+        over, window, short = self._levels(n)
         found = over >= 1.0
         mean20 = self._mean(20).max(axis=0)
         holds = self.flagged & (mean20 >= 0.5 * self.level)
@@ -339,20 +329,21 @@ class Stragglers:
         if not self.flagged.any():
             return []
         self.found_at = np.where(fresh, n, self.found_at)
-        early = (window > WINDOWS[0]) & (n - self.found_at < AGAIN)
+        early = ~short & (n - self.found_at < AGAIN)
         return [self._late(int(r), int(window[r]), half=bool(~found[r] | early[r]), fresh=bool(fresh[r])) for r in np.flatnonzero(self.flagged)]
 
-    def _levels(self, n: int) -> tuple[Array, Array]:
-        """(largest ratio to its threshold over the windows, which window) of each rank."""
+    def _levels(self, n: int) -> tuple[Array, Array, Array]:
+        """(largest ratio to its threshold over the windows, which window, whether the short one shows it by itself) of each rank."""
         s, unit = self.settings, self.wall_us
         at = np.arange(n - 10, n) % KEPT
-        last = self.total[at] / unit
+        last = self.total[at] / unit - self.middles.base
         enough = self.good[at].sum(axis=0) >= 8
-        noise = np.maximum(self.middles_var, OF_MEDIAN * self.middle_var / 10.0) + self.step_var[0] / np.maximum(self.base_n, 1.0)
-        bound = np.maximum(s.slow, s.sigma_short * np.sqrt(noise))
+        middle = self.middles.of(last)
+        among = 1.4826 * float(median(np.abs(middle - median(middle)))) if self.size >= 8 else 0.0
+        bound = np.maximum(s.slow, s.sigma_short * np.maximum(self.middles.error(), among))
         steady = (last > 0.5 * bound).sum(axis=0) >= 8
-        best = np.where(steady & enough, median(last, axis=0) / bound, 0.0)
-        window = np.full(self.size, 10)
+        best = np.where(steady & enough, middle / bound, 0.0)
+        window, short = np.full(self.size, 10), best >= 1.0
         windows = [w for w in WINDOWS[1:] if n >= w + s.learn_steps + 5]
         if windows:
             means = np.stack([self._mean(w) for w in windows])
@@ -365,9 +356,9 @@ class Stragglers:
                 window = np.where(ratio > best, w, window)
                 best = np.maximum(best, ratio)
         often = np.where(self.episodes >= EPISODES - 0.6, self.episodes / (EPISODES - 0.6), 0.0)
-        lonely = often > 3.0 * median(self.episodes) + 0.0
-        best = np.where(lonely & (self.runs >= RUN), np.maximum(best, often), best)
-        return best, window
+        again = (often > 3.0 * median(self.episodes)) & (self.runs >= RUN)
+        best = np.where(again, np.maximum(best, often), best)
+        return best, window, short | (again & (often >= 1.0))
 
     def _mean(self, w: int) -> Array:
         """Mean of the last w steps, spikes clipped; by series and rank, parts of a step."""
