@@ -127,7 +127,8 @@ class Summarizer:
         self.begin = 0
         """The record from which the next window is to be read."""
         self.every = 1
-        """Only steps whose number is a multiple are told (`stride`); a loss that is no number is told with the next of them."""
+        """Only steps whose number is a multiple are told (`stride`); a loss that is no number is told with the next of them. Operations of a step that is not told
+        are not seen: not those that end in the next one, nor that one of them was another operation than the other ranks'."""
         self.samples = Samples()
         self.lost = 0
         """Records, since the beginning."""

@@ -83,7 +83,7 @@ class Watch:
         now = self._at_once(j)
         every = stride(self.stragglers.wall_us) if self.stragglers.wall_us else 1
         if j.step % every:
-            return now, None  # told all the same
+            return now, None  # told before its node knew how short steps are
         self.values = np.where(np.isnan(j.values), self.values, j.values)
         self._pauses(j)
         if self.steps_seen <= self.settings.warmup_steps or self._phase(j):
