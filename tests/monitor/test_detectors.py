@@ -38,15 +38,14 @@ def joined(steps, size, of):
 # --- join -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("missing", [0.0, 0.3, 1.0])
-def test_medians_are_numpys(axis, missing):
-    rng = np.random.default_rng(1)
-    for shape in ((1, 5), (6, 4), (7, 8)):
-        values = rng.random(shape)
-        values[rng.random(shape) < missing] = np.nan
-        expected = [np.median(v[~np.isnan(v)]) if not np.isnan(v).all() else np.nan for v in np.moveaxis(values, axis, -1)]
-        assert np.allclose(median(values, axis), expected, equal_nan=True)
+@pytest.mark.parametrize(("shape", "axis"), [((9,), -1), ((1, 5), 0), ((1, 5), 1), ((6, 4), 0), ((6, 4), 1), ((16, 3, 7), 0), ((16, 3, 7), 1), ((16, 3, 7), 2)])
+@pytest.mark.parametrize("missing", [0.0, 0.3, 0.9, 1.0])
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_medians_are_numpys(shape, axis, missing):
+    rng = np.random.default_rng(7)
+    values = rng.normal(size=shape)
+    values[rng.random(shape) < missing] = np.nan
+    np.testing.assert_allclose(median(values, axis), np.nanmedian(values, axis=axis))
 
 
 def test_steps_come_whole_and_in_order():
@@ -436,16 +435,6 @@ def test_rare_long_batches_do_not_hide_a_slow_rank():
     first, _ = watched(100, 4, lambda r, s: summary(r, s, own=int(80 * MS * factor[s, r]) + 9 * MS * (r == 2 and s > 50)))
     assert set(first) == {2}
     assert first[2][0] <= 64
-
-
-@pytest.mark.parametrize(("shape", "axis"), [((9,), -1), ((5, 8), 0), ((5, 8), 1), ((16, 3, 7), 0), ((16, 3, 7), 1), ((16, 3, 7), 2)])
-@pytest.mark.filterwarnings("ignore:All-NaN")
-def test_our_median_is_numpys(shape, axis):
-    random = np.random.default_rng(7)
-    for missing in (0.0, 0.3, 0.9):
-        values = random.normal(size=shape)
-        values[random.random(shape) < missing] = np.nan
-        np.testing.assert_allclose(median(values, axis=axis), np.nanmedian(values, axis=axis))
 
 
 # --- slow ranks in noise ----------------------------------------------------------------------------------------------------
