@@ -70,7 +70,7 @@ class Tapped:
 
     def __exit__(self, *_exc: object) -> None:
         if self.empty is not None:
-            self.empty._destroy()  # noqa: SLF001  torch has no public name for it
+            self.empty._destroy()  # noqa: SLF001  a Library is unregistered by this, or when it is collected, which may be blocks later
         if self.tap is not None:
             ops = self.tap.ring.read(0).records
             self.records = int(((ops["flags"] & record.MARK) == 0).sum())
@@ -81,19 +81,18 @@ def _empty() -> Any:
     import torch
 
     op = torch.ops.c10d.allreduce_.default
-    below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)  # noqa: SLF001  nor for these
+    below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)  # noqa: SLF001  the keys below one: torch has no public name for them, and a kernel that hands on must give them
     library: Any = torch.library.Library("c10d", "IMPL")
     library.impl("allreduce_", lambda keys, *args: op.redispatch(keys & below, *args), "BackendSelect", with_keyset=True)
     return library
 
 
-def bind(place: int) -> int:
-    """All threads of this process to one processor, each process of a job to another where there are so many; which one."""
+def bind(place: int) -> None:
+    """All threads of this process to one processor, each process of a job to another where there are so many."""
     cpus = sorted(os.sched_getaffinity(0))
     cpu = cpus[place % len(cpus)]
     for task in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(task.name), {cpu})
-    return cpu
 
 
 def calls(*, names: list[str], rounds: int, count: int) -> dict[str, Any]:
