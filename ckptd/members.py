@@ -60,6 +60,7 @@ class Members:
 
     def __init__(self) -> None:
         self._jobs: dict[str, _Job] = {}
+        self._entered = asyncio.Event()
         self._directory = Path()
         self._address = self._source = ""
         self._boot = ""
@@ -75,6 +76,9 @@ class Members:
         """Let time pass, until cancelled."""
         try:
             while True:
+                if not self._jobs:  # ten wakings a second would be most of what a daemon with nothing to do costs
+                    self._entered.clear()
+                    await self._entered.wait()
                 await asyncio.sleep(TICK_S)
                 now_s = time.monotonic()
                 for name, job in [*self._jobs.items()]:
@@ -118,6 +122,7 @@ class Members:
         except PeerFailed as e:
             raise BadArgument(e.message) from e
         job = known or self._jobs.setdefault(m.job, self._recalled(m.job, m.secret))
+        self._entered.set()
         job.agent, job.secret = agent, m.secret
         self._perform(m.job, job, job.machine.enter(m.wish, time.monotonic(), running=m.running))
         return self._address

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import statistics
 import time
@@ -77,7 +78,9 @@ class Rank:
     ring: Ring
     pid: int
     steps: Summarizer
-    head: tuple[int, ...] = ()
+    head: int = -1
+    ends: tuple[int, int] | None = None
+    """How many operations had ended; None: not since its ring moved."""
     moved_s: float = 0.0
     pulsed_s: float = 0.0
     drained_s: float = 0.0
@@ -319,17 +322,25 @@ class Watcher:
     @staticmethod
     def _sample(r: Rank) -> None:
         with contextlib.suppress(OSError, ValueError):
-            thread = r.ring.word("thread") or r.pid
-            text = Path(f"/proc/{r.pid}/task/{thread}/schedstat").read_bytes().split()
+            fd = os.open(f"/proc/{r.pid}/task/{r.ring.word('thread') or r.pid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                text = os.read(fd, 256).split()
+            finally:
+                os.close(fd)
             r.steps.samples.add(time.monotonic_ns(), int(text[0]), int(text[1]))
 
     @staticmethod
     def _idle_ms(r: Rank, now_s: float) -> int:
         """Since its ring moved: a record, or the end of an operation."""
-        table = r.ring.groups_table[: r.ring.word("groups")]
-        head = (r.ring.word("head"), int(table["done"].sum()), int(table["p2p_done"].sum()))
+        head = r.ring.word("head")
         if head != r.head:
-            r.head, r.moved_s = head, now_s
+            r.head, r.ends, r.moved_s = head, None, now_s
+        else:
+            table = r.ring.groups_table[: r.ring.word("groups")]
+            ends = (int(table["done"].sum()), int(table["p2p_done"].sum()))
+            if ends != r.ends:
+                r.moved_s = now_s if r.ends is not None else r.moved_s
+                r.ends = ends
         return int((now_s - r.moved_s) * 1000)
 
     def _pulse(self, r: Rank, now_s: float, *, full: bool = False) -> report.Pulse:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptd.monitor.join import Joined, known, median
+from ckptd.monitor.join import Together, known, median
 from ckptd.monitor.report import Evidence, Finding, Probed
 from ckptd.monitor.settings import Settings
 
@@ -61,28 +61,35 @@ class Transfers:
         self._early: list[tuple[Array, Array]] = []
         self.hot = np.zeros(0, bool)
 
-    def add(self, j: Joined, wall_us: float) -> None:
-        """A step that is no phase."""
-        self._grow(len(j.transfer))
+    def add(self, t: Together, wall_us: float) -> None:
+        """Steps that are no phases."""
+        self._grow(t.transfer.shape[1])
         self.wall_us = wall_us
-        t = np.where(j.bytes > 1.02 * self.base_bytes, j.transfer * self.base_bytes / np.maximum(j.bytes, 1.0), j.transfer)
-        k = self.count % KEPT
-        self.steps[k] = j.step
+        for piece in t.pieces(self.settings.learn_steps - self.count):
+            self._add(piece)
+
+    def _add(self, t: Together) -> None:
+        k = np.arange(self.count, self.count + len(t)) % KEPT
+        self.steps[k] = t.steps
         if self.count < self.settings.learn_steps:
-            self._early.append((j.transfer, j.bytes))
+            self._early += zip(t.transfer, t.bytes, strict=True)
             self._first()
         else:
-            over = known(t - self.base)
+            spent = np.where(t.bytes > 1.02 * self.base_bytes, t.transfer * self.base_bytes / np.maximum(t.bytes, 1.0), t.transfer)
+            told = ~np.isnan(spent)
+            over = known(spent - self.base)
             bound = np.maximum((self.settings.comm_ratio - 1.0) * self.base, 3.0 * self.spread)
             self.over[k], self.hits[k] = over, (over > bound) & (self.n > 0)
-            quiet = ~self.hot & ~self.hits[k] & ~np.isnan(t)
-            rate = np.where(quiet, 1.0 / np.minimum(self.n + 1.0, 500.0), 0.0)
-            seen = known(t)
-            self.base += rate * (seen - self.base)
-            self.base_bytes += rate * (j.bytes - self.base_bytes)
-            self.spread += rate * (1.25 * np.abs(seen - self.base) - self.spread)
-            self.n += ~np.isnan(t)
-        self.count += 1
+            self._learn(known(spent), t.bytes, ~self.hot & ~self.hits[k] & told)
+            self.n += told.sum(axis=0)
+        self.count += len(t)
+
+    def _learn(self, spent: Array, nbytes: Array, quiet: Array) -> None:
+        """Baselines follow the steps (K x G) that are `quiet`."""
+        each = quiet / np.minimum(self.n + np.maximum(quiet.sum(axis=0), 1), 500.0)
+        self.base += (each * (spent - self.base)).sum(axis=0)
+        self.base_bytes += (each * (nbytes - self.base_bytes)).sum(axis=0)
+        self.spread += (each * (1.25 * np.abs(spent - self.base) - self.spread)).sum(axis=0)
 
     def _grow(self, groups: int) -> None:
         more = groups - len(self.base)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptd.monitor.join import median
+from ckptd.monitor.join import Together, median
 from ckptd.monitor.report import Evidence, Finding
 from ckptd.monitor.settings import Settings
 
@@ -32,7 +32,8 @@ class Pace:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.wall = np.zeros(KEPT)
+        self.log = np.zeros(KEPT)
+        """Of the median rank's microseconds, by step."""
         self.steps = np.zeros(KEPT, np.int64)
         self.count = 0
         self.begun = 0
@@ -41,10 +42,15 @@ class Pace:
         self.level_us = 0.0
         self.slow_since = 0
 
-    def add(self, step: int, wall_us: float, program: int) -> None:
-        """A step that is no phase. `program`: of most ranks."""
-        k = self.count % KEPT
-        self.wall[k], self.steps[k] = wall_us, step
+    def add(self, t: Together) -> None:
+        """Steps that are no phases."""
+        k = np.arange(self.count, self.count + len(t)) % KEPT
+        self.log[k], self.steps[k] = np.log(np.maximum(t.wall_us, 1.0)), t.steps
+        for program in _most(t.program, t.present):
+            self._see(program)
+
+    def _see(self, program: int) -> None:
+        """One more step, with this program."""
         self.count += 1
         if program == self._program or program < 0:
             self._other = 0
@@ -63,18 +69,11 @@ class Pace:
         if n < PAST_MIN // 2 + window:
             return None
         at = np.arange(self.count - n, self.count) % KEPT
-        past, now = np.log(np.maximum(self.wall[at[:-window]], 1.0)), np.log(np.maximum(self.wall[at[-window:]], 1.0))
+        past, now = self.log[at[:-window]], self.log[at[-window:]]
         before = float(median(past)) if not self.level_us else float(np.log(self.level_us))
-        size = min(20, window)
-        blocks = past[len(past) % size :].reshape(-1, size)
-        if len(blocks) < 3:
-            return None
-        spread = 1.4826 * float(median(np.abs(past - median(past))))
-        noise = max(1.4826 * float(median(np.abs(median(blocks, axis=1) - median(past)))), 1.25 * spread / np.sqrt(size))
-        shift = float(median(now)) - before
-        bound = max(float(np.log1p(least)), 6.0 * noise)
-        steady = float(np.mean(now > before + 0.5 * bound))
-        if shift < bound or steady < 0.9:
+        shift, least = float(median(now)) - before, float(np.log1p(least))
+        bound = max(least, 6.0 * self._noise(past, min(20, window))) if shift >= least / 2 else least
+        if shift < bound or float(np.mean(now > before + 0.5 * bound)) < 0.9:
             if shift < bound / 2 and window == WINDOW:
                 self.level_us = 0.0
             return None
@@ -86,6 +85,25 @@ class Pace:
             kind="global-slow", ranks=(), step=int(self.steps[at[-1]]), since_step=self.slow_since, strength=min(1.0, shift / (2 * bound)),
             cause="all ranks are slower than they were", slowdown=float(np.expm1(shift)), evidence=evidence,
         )  # fmt: skip
+
+    @staticmethod
+    def _noise(past: Array, size: int) -> float:
+        """How far medians of so many steps stray; without end where there is too little to say."""
+        blocks = past[len(past) % size :].reshape(-1, size)
+        if len(blocks) < 3:
+            return float("inf")
+        middle = float(median(past))
+        spread = 1.4826 * float(median(np.abs(past - middle)))
+        return max(1.4826 * float(median(np.abs(median(blocks, axis=1) - middle))), 1.25 * spread / float(np.sqrt(size)))
+
+
+def _most(program: Array, present: Array) -> list[int]:
+    """The program of most ranks, by step; -1: nobody's is known."""
+    first = int(program[0, 0])
+    if (program == first).all():
+        return [first] * len(program)
+    rows = [row[here] for row, here in zip(program, present, strict=True)]
+    return [int(np.bincount(row + 1).argmax()) - 1 if len(row) else -1 for row in rows]
 
 
 def is_drift(excess: Array) -> bool:

@@ -119,30 +119,33 @@ class Engine:
         """What was done, to be given to the next attempt's engine."""
         return tuple(self.verdicts.past)
 
-    def _conclude(self, domain: str, seen: list[Seen]) -> Out:
-        return [Concluded(v) for v in self.verdicts.window(domain, seen, self._now_s, self._wall_s)]
+    def _conclude(self, domain: str, seen: list[Seen], *, windows: int = 1) -> Out:
+        return [Concluded(v) for v in self.verdicts.window(domain, seen, self._now_s, self._wall_s, windows=windows)]
 
     # --- steps ---
 
     def _steps(self) -> Out:
         out: Out = []
-        for j in self.watch.join.ready(self._now_s):
-            self._step = max(self._step, j.step)
-            self._count_lost()
-            certain, windows = self.watch.take(j)
+        steps = self.watch.join.ready(self._now_s)
+        if not steps:
+            return out
+        self._step = max(self._step, steps[-1].step)
+        self._count_lost()
+        for j in steps:
+            certain = self.watch.at_once(j)
             for domain in ("nan", "desync"):
                 mine = [s for s in certain if s.key[0] == domain]
                 if mine or (domain == "nan" and ("nan",) in self.verdicts.open):
                     out += self._conclude(domain, mine)
-            if windows is not None:
-                out += self._windows(windows)
+        for seen, pairs in self.watch.take(steps):
+            out += self._windows(seen, pairs)
         return out
 
-    def _windows(self, seen: list[Seen]) -> Out:
-        """One look at the windows: verdicts, and what is asked because of them."""
+    def _windows(self, seen: list[Seen], pairs: int) -> Out:
+        """One look at the windows, with so many pairs of new steps in them: verdicts, and what is asked because of them."""
         if self._place is not None:
             seen = self._placed(seen)
-        out: Out = self._conclude("steps", seen)
+        out: Out = self._conclude("steps", seen, windows=pairs)
         for s in seen:
             entry = self.verdicts.open.get(s.key)
             if entry is None or s.half:

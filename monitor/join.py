@@ -13,7 +13,7 @@ differ entered something else, or skipped something; where its numbers differed 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,51 @@ class Joined:
     odd: list[Odd]
     lost: int
     missing: int
+
+
+@dataclass(slots=True)
+class Together:
+    """Several steps, oldest first, as arrays: `steps`, `wall_us` (the median rank's): K; `values`: K x SIGNALS x R; `present`, `program`: K x R; `transfer`, `bytes`:
+    K x G. What a pass over few numbers costs are its calls of NumPy: a coordinator of short steps takes them by the dozen."""
+
+    steps: Array
+    wall_us: Array
+    values: Array
+    present: Array
+    program: Array
+    transfer: Array
+    bytes: Array
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def only(self, which: Any) -> Together:
+        """Some of the steps: a slice, or an array of those that are wanted."""
+        return Together(*(getattr(self, name)[which] for name in self.__slots__))
+
+    def pieces(self, singles: int) -> Iterator[Together]:
+        """The first so many by themselves, the others as one."""
+        for i in range(min(max(singles, 0), len(self))):
+            yield self.only(slice(i, i + 1))
+        if singles <= 0:
+            yield self
+        elif singles < len(self):
+            yield self.only(slice(singles, None))
+
+
+def together(steps: Sequence[Joined]) -> Together:
+    """At least one, in order. A group that was not known yet in the first of them has no transfer there."""
+    groups = max(len(j.transfer) for j in steps)
+    values = np.array([j.values for j in steps])
+    wide = [(j.transfer, j.bytes) if len(j.transfer) == groups else (_wider(j.transfer, groups, np.nan), _wider(j.bytes, groups, 0.0)) for j in steps]
+    return Together(
+        np.array([j.step for j in steps], np.int64), median(values[:, WALL]), values, np.array([j.present for j in steps]), np.array([j.program for j in steps]),
+        np.array([t for t, _ in wide]), np.array([b for _, b in wide]),
+    )  # fmt: skip
+
+
+def _wider(row: Array, size: int, fill: float) -> Array:
+    return np.concatenate([row, np.full(size - len(row), fill)])
 
 
 @dataclass(slots=True)
@@ -209,43 +254,49 @@ class Join:
 
     def ready(self, now_s: float) -> list[Joined]:
         """Steps that all ranks have told, or that were waited for long enough; in order."""
-        out = []
+        whole: list[tuple[int, _Pending]] = []
         while self.pending:
             step = min(self.pending)
             p = self.pending[step]
-            whole = len(p.at) >= self.known and self.known == self.world_size
-            if not whole and now_s - p.first_s < self.WAIT_S and len(self.pending) <= self._limit:
+            complete = len(p.at) >= self.known and self.known == self.world_size
+            if not complete and now_s - p.first_s < self.WAIT_S and len(self.pending) <= self._limit:
                 break
-            del self.pending[step]
-            out.append(self._finish(step, p))
-        return out
+            whole.append((step, self.pending.pop(step)))
+        return self._finish(whole) if whole else []
 
-    def _finish(self, step: int, p: _Pending) -> Joined:
-        size = self.world_size
-        at = np.array(p.at, np.int64)
-        values = np.full((len(SIGNALS), size), np.nan, np.float32)
-        rows = np.array(p.rows, np.float64).T
-        values[:, at] = rows
-        lost = int(rows[LOST].sum())
-        values[:LOST, at[rows[LOST] > 0]] = np.nan
-        present = np.zeros(size, bool)
-        present[at] = True
-        program = np.full(size, -1, np.int32)
-        program[at] = p.programs
-        bad = np.zeros(size, np.uint8)
-        for rank, bits in p.bad:
-            bad[rank] = bits
-        transfer = np.full(len(self.keys), np.nan)
-        nbytes = np.zeros(len(self.keys))
-        for key, us in p.transfer.items():
-            if (g := self.groups.get(key)) is not None:
-                transfer[g], nbytes[g] = us, p.bytes.get(key, 0)
-        odd = [o for key, by_place in p.places.items() if (o := self._odd(key, by_place)) is not None]
-        self.done, self._late_run = step, 0
-        self.joined += 1
+    def _finish(self, whole: Sequence[tuple[int, _Pending]]) -> list[Joined]:
+        count, size = len(whole), self.world_size
+        at = np.concatenate([p.at for _, p in whole])
+        of = np.repeat(np.arange(count), [len(p.at) for _, p in whole])
+        rows = np.array([row for _, p in whole for row in p.rows], np.float64)
+        lost = rows[:, LOST]
+        values = np.full((count, size, len(SIGNALS)), np.nan, np.float32)
+        values[of, at] = rows
+        values[of[lost > 0], at[lost > 0], :LOST] = np.nan
+        values = values.transpose(0, 2, 1)
+        lost = np.bincount(of, lost, count).astype(int).tolist()
+        present = np.zeros((count, size), bool)
+        present[of, at] = True
+        program = np.full((count, size), -1, np.int32)
+        program[of, at] = np.concatenate([p.programs for _, p in whole])
+        bad = np.zeros((count, size), np.uint8)
+        transfer = np.full((count, len(self.keys)), np.nan)
+        nbytes = np.zeros((count, len(self.keys)))
+        out = []
+        for k, (step, p) in enumerate(whole):
+            for rank, bits in p.bad:
+                bad[k, rank] = bits
+            for key, us in p.transfer.items():
+                if (g := self.groups.get(key)) is not None:
+                    transfer[k, g], nbytes[k, g] = us, p.bytes.get(key, 0)
+            odd = [o for key, by_place in p.places.items() if (o := self._odd(key, by_place)) is not None]
+            told = len(set(p.at))
+            out.append(Joined(step, values[k], present[k], program[k], bad[k], transfer[k], nbytes[k], odd, lost[k], self.known - told))
+        self.done, self._late_run = whole[-1][0], 0
+        self.joined += count
         self.rank_steps += len(at) * self._all
-        self.records_lost += lost
-        return Joined(step, values, present, program, bad, transfer, nbytes, odd, lost, self.known - int(np.count_nonzero(present)))
+        self.records_lost += sum(lost)
+        return out
 
     def _odd(self, key: int, by_place: Mapping[tuple[int, int, int], Sequence[int]]) -> Odd | None:
         first = key not in self._met

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from ckptd.monitor import join
-from ckptd.monitor.join import Joined, known, median
+from ckptd.monitor.join import Together, known, median
 from ckptd.monitor.report import Evidence, Finding
 from ckptd.monitor.settings import Settings
-from ckptd.monitor.straggler import BESIDE, CAUSES, COMPUTE, DATA, KINDS, PROCESSOR
+from ckptd.monitor.straggler import BESIDE, CAUSES, COMPUTE, DATA, KINDS, PROCESSOR, own_parts
 
 Array = np.ndarray[Any, Any]
 
@@ -52,19 +52,29 @@ class Lasting:
         self._first = 0
         """The first of them."""
 
-    def add(self, j: Joined, parts: Array, wall_us: float, *, device: bool) -> None:
-        """A step that is no phase. `parts`: straggler.PARTS x R, microseconds; on a device, who stands least in collectives is late."""
-        if not wall_us > 0.0 or not self._same(j.program) or (self._alike >= EARLY and not self.found):
+    def add(self, t: Together, wall_us: float, *, device: bool) -> None:
+        """Steps that are no phases. On a device, who stands least in collectives is late."""
+        if not wall_us > 0.0 or (self._over() and bool((t.program == self._program).all())):
             return
+        parts = own_parts(t.values)
+        for i, step in enumerate(t.steps.tolist()):
+            if self._same(t.program[i]) and not self._over():
+                self._add(step, parts[i], t.values[i, join.DEVICE] if device else None, wall_us)
+
+    def _over(self) -> bool:
+        """Whether there is nothing to be found any more, unless programs change."""
+        return self._program is not None and self._alike >= EARLY and not self.found
+
+    def _add(self, step: int, parts: Array, device: Array | None, wall_us: float) -> None:
         row = self._parts[self._count % WINDOW]
         row[:] = parts[list(COUNTED)]
-        if device:
-            row[0] = -j.values[join.DEVICE]
-        self._first = self._first if self._alike else j.step
+        if device is not None:
+            row[0] = -device
+        self._first = self._first if self._alike else step
         self._count += 1
         self._alike += 1
         if self._alike >= WINDOW and self._alike % EVERY == 0:
-            self._look(j.step, wall_us, device=device)
+            self._look(step, wall_us, device=device is not None)
 
     def _same(self, program: Array) -> bool:
         """Whether all programs are known; follows which ranks run the same one."""

@@ -142,6 +142,8 @@ class Ring:
         numbers = np.arange(first + 1, head + 1, dtype=np.uint64)
         ready = copied["commit"] == numbers
         now = self._copy(first, head, self.records["commit"])  # after the copy: what moved was overwritten meanwhile
+        if ready.all() and (now == numbers).all():
+            return Window(first, head, copied, first - begin if begin >= 0 else 0)
         good = ready & (now == numbers)
         end = head
         pending = np.flatnonzero(~ready & (now < numbers))

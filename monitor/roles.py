@@ -40,6 +40,10 @@ class Roles:
         _, self._structure = np.unique(np.array([hash(tuple(sorted(s))) for s in sizes], np.int64), return_inverse=True)
         self._program = None
 
+    def known(self, programs: Array) -> bool:
+        """Whether these are, step after step (K x R), the programs that roles follow."""
+        return self._program is not None and bool((programs == self._program).all())
+
     def see(self, program: Array) -> bool:
         """Programs of a step. True if roles changed."""
         if self._program is not None and (np.any(program < 0) or np.array_equal(program, self._program)):

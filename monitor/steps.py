@@ -18,13 +18,13 @@ Many steps of all ranks are summed in one pass over arrays: with steps of 20 ms 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from msgspec.structs import replace
 
 from ckptd.monitor import record
 from ckptd.monitor.report import GroupStep, StepSummary
@@ -32,7 +32,7 @@ from ckptd.monitor.ring import Group
 
 Array = np.ndarray[Any, Any]
 
-APART_US = 50_000
+APART_US = 100_000
 """Of shorter steps not every one is told and looked at, but those so far apart."""
 EVERY_MAX = 64
 STRETCH_NS = 1 << 50
@@ -40,8 +40,12 @@ STRETCH_NS = 1 << 50
 SAMPLES_MAX = 4096
 UNEVEN = np.isin(np.arange(256), [record.OPS.index(n) for n in ("all_gather", "reduce_scatter", "all_to_all", "gather", "scatter", "all_gather_coalesced", "reduce_scatter_coalesced")])
 """Operations whose members may bring different sizes: their bytes do not count when programs and histories are compared."""
-PARTS = (record.DATA, record.GC, record.CHECKPOINT, record.EVAL, record.COMPILE, record.OPTIMIZER, record.RESTORE, record.PROBE)
+ROW_OF = np.full(256, -1)
+"""Mark -> the row of `_parts` that it counts for."""
+ROW_OF[[record.DATA, record.GC, record.CHECKPOINT, record.EVAL, record.COMPILE, record.OPTIMIZER]] = np.arange(6)
+ROW_OF[[record.RESTORE, record.PROBE]] = ROW_OF[record.CHECKPOINT]
 
+ENDS_NUMBERED = record.MARK | record.NUMBERED
 _MIX = tuple(np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -92,18 +96,40 @@ class Samples:
             for values in (self.at_ns, self.cpu_ns, self.delay_ns):
                 del values[: SAMPLES_MAX // 2]
 
-    def between(self, begin_ns: Array, end_ns: Array) -> tuple[Array, Array]:
-        """(cpu, delay) in microseconds of the intervals; looks are joined by straight lines."""
-        if len(self.at_ns) < 2:
-            zero = np.zeros(len(begin_ns), np.int64)
-            return zero, zero
-        base = self.at_ns[0]  # floats of 53 bits hold 100 days of nanoseconds, counted from here
-        at = np.asarray(self.at_ns, np.int64) - base
-        both = []
-        for values in (self.cpu_ns, self.delay_ns):
-            v = np.asarray(values, np.int64) - values[0]
-            both.append((np.interp(end_ns - base, at, v) - np.interp(begin_ns - base, at, v)) / 1000)
-        return both[0].astype(np.int64), both[1].astype(np.int64)
+    def around(self, begin_ns: int, end_ns: int) -> slice:
+        """The looks that an interval lies between; at least one, if there are any."""
+        first = max(0, bisect_right(self.at_ns, begin_ns) - 1)
+        return slice(first, max(first, bisect_left(self.at_ns, end_ns)) + 1)
+
+
+def between(samples: Sequence[Samples], begin_ns: Array, end_ns: Array, rank_of: Array) -> tuple[Array, Array]:
+    """(cpu, delay) in microseconds of intervals of several ranks, each rank's in order; looks are joined by straight lines. `rank_of`: each interval's place in `samples`."""
+    bounds = np.searchsorted(rank_of, np.arange(len(samples) + 1)).tolist()
+    at: list[int] = []
+    cpu: list[int] = []
+    delay: list[int] = []
+    of: list[int] = []
+    for i, s in enumerate(samples):
+        if len(s.at_ns) < 2 or bounds[i] == bounds[i + 1]:
+            at, cpu, delay, of = [*at, 0], [*cpu, 0], [*delay, 0], [*of, 1]
+            continue
+        its = s.around(int(begin_ns[bounds[i]]), int(end_ns[bounds[i + 1] - 1]))
+        at += s.at_ns[its]
+        cpu += s.cpu_ns[its]
+        delay += s.delay_ns[its]
+        of.append(len(s.at_ns[its]))
+    ends = np.cumsum(of)
+    looks, owner = np.array(at, np.int64), np.repeat(np.arange(len(samples)), of)
+    line = _apart(looks, owner, int(looks.min()))
+    first, last = line[ends - of][rank_of], line[ends - 1][rank_of]  # before and after the looks nothing is known to have been spent
+    begin, end = (np.clip(_apart(t, rank_of, int(looks.min())), first, last) for t in (begin_ns, end_ns))
+    n, times = len(begin), np.concatenate([begin, end])
+    both = []
+    for values in (cpu, delay):
+        v = np.array(values, np.int64)
+        spent = np.interp(times, line, v - v[ends - of][owner])
+        both.append(((spent[n:] - spent[:n]) / 1000).astype(np.int64))
+    return both[0], both[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +175,11 @@ class Summarizer:
         """The steps that ended in a window, as `feed` takes it. They are to be summarized before the next window is cut."""
         self.lost += lost
         self._rest_lost += lost
-        marks = (records["flags"] & record.MARK) != 0
-        ends = marks & (records["op"] == record.STEP)
-        if not self._numbered and np.any(ends & ((records["flags"] & record.NUMBERED) != 0)):
-            self._numbered = True
-        if self._numbered:
-            ends &= (records["flags"] & record.NUMBERED) != 0
-        places = np.flatnonzero(ends)
+        flags, steps = records["flags"], records["op"] == record.STEP
+        if not self._numbered:
+            self._numbered = bool((steps & (flags & ENDS_NUMBERED == ENDS_NUMBERED)).any())
+        ends = ENDS_NUMBERED if self._numbered else record.MARK
+        places = (steps & (flags & ends == ends)).nonzero()[0]
         if not len(places):
             if len(records) > capacity // 2:  # a long step: keep what it has so far, that it is not lapped
                 keep = len(records) - capacity // 8
@@ -169,15 +193,15 @@ class Summarizer:
             places = places + len(self._rest)
             self._rest = None
         self.begin = self._after(first, records, end)
-        return self._thinned(whole, places, self._numbers(whole[places]), self._began(whole, places), groups)
+        return self._thinned(whole, places, self._numbers(whole, places), self._began(whole, places), groups)
 
     def _thinned(self, records: Array, places: Array, numbers: Array, began_ns: Array, groups: Sequence[Group]) -> Batch | None:
         """The steps of these that are told."""
         bad = self._bad_of(records, places)
-        told = np.flatnonzero(numbers % self.every == 0) if self.every > 1 else np.arange(len(places))
-        bad = self._with_next(bad, told) if bad.any() or self._bad else bad[told]
-        if len(told) == len(places):
+        if self.every == 1 and not self._bad:
             return Batch(self, records, places, numbers, began_ns, bad, groups)
+        told = np.flatnonzero(numbers % self.every == 0)
+        bad = self._with_next(bad, told) if bad.any() or self._bad else bad[told]
         if not len(told):
             return None
         chosen = np.zeros(len(places), np.bool_)
@@ -189,8 +213,9 @@ class Summarizer:
     def _bad_of(records: Array, places: Array) -> Array:
         """BAD_* bits of each step's losses."""
         bad = np.zeros(len(places), np.int64)
-        losses = np.flatnonzero((records["op"] == record.LOSS) & ((records["flags"] & record.MARK) != 0))
+        losses = (records["op"] == record.LOSS).nonzero()[0]
         if len(losses):
+            losses = losses[(records["flags"][losses] & record.MARK) != 0]
             np.bitwise_or.at(bad, np.searchsorted(places, losses), records["bytes"][losses].astype(np.int64))
         return bad
 
@@ -215,11 +240,10 @@ class Summarizer:
             kept = kept[len(kept) // 2 :]
         self._rest = kept
 
-    def _numbers(self, ends: Array) -> Array:
-        """What the steps that end with these marks are called; they count as told."""
-        counted = self._count + 1 + np.arange(len(ends))
-        self._count += len(ends)
-        return ends["bytes"].astype(np.int64) if self._numbered else counted
+    def _numbers(self, records: Array, places: Array) -> Array:
+        """What the steps that end there are called; they count as told."""
+        self._count += len(places)
+        return records["bytes"][places].astype(np.int64) if self._numbered else np.arange(self._count - len(places), self._count) + 1
 
     def _began(self, records: Array, places: Array) -> Array:
         """When the steps began that end there: each where the one before ended, the very first with the first thing seen."""
@@ -247,7 +271,7 @@ def summarize(batches: Sequence[Batch]) -> list[list[Done]]:
     rank_of = np.repeat(np.arange(len(batches)), np.diff(steps))
     ended_ns = records["entered_ns"][places].astype(np.int64)
     began_ns, numbers, bad = (np.concatenate([getattr(b, name) for b in batches]) for name in ("began_ns", "numbers", "bad"))
-    cpu_us, delay_us = (np.concatenate(parts) for parts in zip(*(b.of.samples.between(began_ns[i:j], ended_ns[i:j]) for b, (i, j) in zip(batches, spans, strict=True)), strict=True))
+    cpu_us, delay_us = between([b.of.samples for b in batches], began_ns, ended_ns, rank_of)
     marks = (records["flags"] & record.MARK) != 0
     step_of = np.searchsorted(places, np.arange(len(records)))  # a mark belongs to the step that it ends
     at = np.flatnonzero(~marks)
@@ -343,13 +367,10 @@ def _parts(marks: Array, step_of: Array, count: int) -> Array:
     """Microseconds of each kind of interval (data, gc, checkpoint with restore and probe, eval, compile, optimizer), by step."""
     lasted = np.maximum(marks["ended_ns"].astype(np.int64) - marks["entered_ns"].astype(np.int64), 0) // 1000
     lasted[marks["ended_ns"] == 0] = 0
-    found = np.zeros((6, count), np.int64)
-    for kind in PARTS:
-        row = {record.RESTORE: 2, record.PROBE: 2}.get(kind, PARTS.index(kind))
-        of = marks["op"] == kind
-        if np.any(of):
-            found[row] += np.bincount(step_of[of], lasted[of].astype(np.float64), count).astype(np.int64)
-    return found
+    row = ROW_OF[marks["op"]]
+    named = row >= 0
+    found = np.bincount(row[named] * count + step_of[named], lasted[named].astype(np.float64), 6 * count)
+    return np.asarray(found.astype(np.int64).reshape(6, count))
 
 
 def _words(ops: Array) -> Array:
@@ -426,9 +447,14 @@ def join_node(steps: Sequence[Sequence[Done]]) -> list[StepSummary]:
     begins = np.flatnonzero(group)
     sums = np.add.reduceat(np.where(first, inside, 0), begins) // 1000
     least = dict(zip(zip(of_step[begins].tolist(), keys[begins].tolist(), strict=True), sums.tolist(), strict=True))
-    return [_with_least(d.summary, least, i) for i, step in enumerate(steps) for d in step]
+    for i, step in enumerate(steps):
+        for d in step:
+            _put_least(d.summary.groups, least, i)
+    return [d.summary for step in steps for d in step]
 
 
-def _with_least(s: StepSummary, least: Mapping[tuple[int, int], int], step: int) -> StepSummary:
-    groups = [replace(g, least_us=min(least.get((step, g.key), g.inside_us), g.inside_us)) for g in s.groups]
-    return replace(s, groups=groups)
+def _put_least(groups: list[GroupStep], least: Mapping[tuple[int, int], int], step: int) -> None:
+    for i, g in enumerate(groups):
+        us = least.get((step, g.key), g.inside_us)
+        if us < g.inside_us:
+            groups[i] = GroupStep(g.key, g.seq, g.history, g.ops, g.bytes, g.inside_us, us, g.p2p)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from ckptd.monitor import join
-from ckptd.monitor.join import Joined, known, median
+from ckptd.monitor.join import Together, known, median
 from ckptd.monitor.middles import BLOCK, MEDIAN_OF_SQUARE, SPREAD, Middles
 from ckptd.monitor.report import Evidence, Finding
 from ckptd.monitor.settings import Settings
@@ -40,9 +40,13 @@ CAUSES = (
     "computes longer than those that do the same", "waits for its data", "stands in garbage collection", "stands in saving", "waits for a processor",
 )  # fmt: skip
 WINDOWS = (10, 20, 40, 80)
+STEADY = 8
+"""Of the steps of the short window: so many lie beyond half of its bound."""
 KEPT = 128
 """Steps in memory: the longest window, and what the baseline has not taken yet."""
 LAG = 100
+TOGETHER_MAX = 24
+"""So many steps may come at once: KEPT less LAG, and a few."""
 SHARE = 0.5
 """Of a rank's excess: the part that is its cause."""
 BESIDE = 0.4
@@ -56,8 +60,19 @@ NOISIER = 9.0
 RUN = 4
 """Steps in a row that make an episode; EPISODES of them, of one rank, make it intermittent."""
 EPISODES = 3
+FORGET = 1.0 - 1.0 / 200.0
+"""What a step leaves of the episodes before it."""
 EARLY = 400
 """Steps until a baseline is known well enough to tell noise with a long memory from what it has not learned."""
+
+
+def own_parts(values: Array) -> Array:
+    """K x PARTS x R, microseconds, of what the host did itself."""
+    named = values[:, [join.DATA, join.GC, join.CHECKPOINT]]
+    rest = values[:, join.SELF] - named.sum(axis=1) - values[:, join.EVAL] - values[:, join.COMPILE]
+    delay = np.minimum(values[:, join.DELAY], np.maximum(rest, 0.0))
+    compute = np.maximum(rest - delay, 0.0)
+    return np.concatenate([compute[:, None], named, delay[:, None]], axis=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +111,6 @@ class Stragglers:
         self.wide_var = np.zeros(2)
         """Of means of 40 steps, all ranks pooled: noise with a long memory."""
         self.wall_us = 0.0
-        self.parts = np.full((len(PARTS), r), np.nan)
-        """Of the newest step, microseconds."""
         self.device = False
         self.flagged = np.zeros(r, bool)
         self.found_at = np.zeros(r, np.int64)
@@ -121,40 +134,34 @@ class Stragglers:
 
     # --- taking a step ---
 
-    def add(self, j: Joined, roles: list[Array]) -> None:
-        """A step that is no phase. `roles`: ranks that do the same, each rank in one of them."""
-        v = j.values
-        wall = float(median(v[join.WALL]))
-        if not wall > 0.0:
-            return
-        self._walls = [*self._walls, wall][-32:]
+    def add(self, t: Together, roles: list[Array]) -> None:
+        """Steps that are no phases. `roles`: ranks that do the same, each rank in one of them."""
+        for piece in t.pieces(self.settings.learn_steps - self.count):
+            self._add(piece, roles)
+
+    def _add(self, t: Together, roles: list[Array]) -> None:
+        self._walls = [*self._walls, *t.wall_us.tolist()][-32:]
         self.wall_us = float(median(np.array(self._walls)))
-        parts = self.parts = self._parts(v)
-        raw, scale = self._over_peers(parts, roles, v)
-        self._usual(parts[COMPUTE])
-        k = self.count % KEPT
-        good = j.present & ~np.isnan(raw[COMPUTE])
+        parts = own_parts(t.values)
+        raw, scale = self._over_peers(parts, roles, t.values)
+        for compute in parts[:, COMPUTE] if self.count < self.settings.learn_steps else ():
+            self._usual(compute)
+        k = np.arange(self.count, self.count + len(t)) % KEPT
+        good = t.present & ~np.isnan(raw[:, COMPUTE])
         raw = known(raw)
         self.raw[k] = raw
         over = raw - self.base
-        over[COMPUTE] *= scale
-        self.excess[k] = np.where(good, over, 0.0)
-        self.total[k] = self.excess[k].sum(axis=0)
+        over[:, COMPUTE] *= scale
+        self.excess[k] = np.where(good[:, None], over, 0.0)
+        self.total[k] = self.excess[k].sum(axis=1)
         self.good[k] = good
-        self.steps[k] = j.step
-        self.walls[k] = known(v[join.WALL])
-        self.count += 1
+        self.steps[k] = t.steps
+        self.walls[k] = known(t.values[:, join.WALL])
+        before = self.count
+        self.count += len(t)
         self._recent = None
-        self._learn()
+        self._learn(before)
         self._runs(k)
-
-    def _parts(self, v: Array) -> Array:
-        """PARTS x R, microseconds, of what the host did itself."""
-        named = v[[join.DATA, join.GC, join.CHECKPOINT]]
-        rest = v[join.SELF] - named.sum(axis=0) - v[join.EVAL] - v[join.COMPILE]
-        delay = np.minimum(v[join.DELAY], np.maximum(rest, 0.0))
-        compute = np.maximum(rest - delay, 0.0)
-        return np.concatenate([compute[None], named, delay[None]])
 
     def _usual(self, compute: Array) -> None:
         """What ranks without peers are compared with."""
@@ -166,77 +173,72 @@ class Stragglers:
             self._first = []
 
     def _over_peers(self, parts: Array, roles: list[Array], v: Array) -> tuple[Array, Array]:
-        """(raw excess: of compute as part of the peers' own, of the other parts in microseconds; microseconds per unit of raw compute excess, by rank)."""
+        """(raw excess, K x PARTS x R: of compute as part of the peers' own, of the other parts in microseconds; microseconds per unit of raw compute excess, K x R)."""
         raw = np.full_like(parts, np.nan)
-        device = v[join.DEVICE]
+        device = v[:, join.DEVICE]
         if self.count < self.settings.learn_steps:
-            self.device = bool(median(device) > 0)
-        scale = np.ones(self.size) if self.device else np.zeros(self.size)
+            self.device = bool(median(device.ravel()) > 0)
+        scale = np.ones(device.shape) if self.device else np.zeros(device.shape)
         learned = bool(self.own.any())
-        everybody, common = None, 1.0
+        everybody, common = None, np.ones((len(v), 1))
         for ranks in roles:
-            mine = parts[:, ranks]
+            mine = parts[:, :, ranks]
             alone = len(ranks) < ROLE_MIN
             if alone and everybody is None:
-                everybody, common = median(parts, axis=1)[:, None], self._common(parts[COMPUTE])
-            center = everybody if alone and everybody is not None else median(mine, axis=1)[:, None]
-            raw[1:, ranks] = mine[1:] - center[1:]
+                everybody, common = median(parts)[..., None], self._common(parts[:, COMPUTE])
+            center = everybody if alone and everybody is not None else median(mine)[..., None]
+            raw[:, 1:, ranks] = mine[:, 1:] - center[:, 1:]
             if self.device:
                 continue
-            if alone:
-                scale[ranks] = self.own[ranks] * common
-                raw[COMPUTE, ranks] = mine[COMPUTE] / np.maximum(self.own[ranks] * common, 1.0) - 1.0 if learned else 0.0 * mine[COMPUTE]
-            else:
-                usual = float(center[COMPUTE, 0])
-                scale[ranks] = usual
-                raw[COMPUTE, ranks] = mine[COMPUTE] / max(usual, 1.0) - 1.0
+            usual = self.own[ranks] * common if alone else center[:, COMPUTE]
+            scale[:, ranks] = usual
+            raw[:, COMPUTE, ranks] = mine[:, COMPUTE] / np.maximum(usual, 1.0) - 1.0 if learned or not alone else 0.0 * mine[:, COMPUTE]
         if self.device:
-            raw[COMPUTE] = self._by_device(device, roles) - np.maximum(known(raw[1:]), 0.0).sum(axis=0)
+            raw[:, COMPUTE] = self._by_device(device, roles) - np.maximum(known(raw[:, 1:]), 0.0).sum(axis=1)
         return raw, known(scale)
 
     def _by_device(self, device: Array, roles: list[Array]) -> Array:
         """Who stands least in device collectives is late: microseconds less than its peers, as part of a step."""
-        late = np.full(self.size, np.nan, np.float32)
-        everybody = float(median(device))
+        late = np.full(device.shape, np.nan, np.float32)
+        everybody = median(device)[:, None]
         for ranks in roles:
-            center = everybody if len(ranks) < ROLE_MIN else float(median(device[ranks]))
-            late[ranks] = center - device[ranks]
+            center = everybody if len(ranks) < ROLE_MIN else median(device[:, ranks])[:, None]
+            late[:, ranks] = center - device[:, ranks]
         return late
 
-    def _common(self, compute: Array) -> float:
-        """How much longer all ranks computed in this step than they usually do."""
+    def _common(self, compute: Array) -> Array:
+        """How much longer all ranks computed in each step than they usually do."""
         if not self.own.any():
-            return 1.0
-        return float(median(compute / np.maximum(self.own, 1.0)))
+            return np.ones((len(compute), 1))
+        return np.asarray(median(compute / np.maximum(self.own, 1.0))[:, None])
 
     # --- learning what is usual ---
 
-    def _learn(self) -> None:
-        """Let the baseline follow, at a distance; and noise, in blocks of 10 steps."""
+    def _learn(self, before: int) -> None:
+        """Let the baseline follow, at a distance; and noise, in blocks of 10 steps. `before`: the count before the newest steps."""
         s = self.settings
         n = self.count
         if n <= s.learn_steps:
             self._relearn(n)
             return
         until = max(s.learn_steps, n // 2 if n < 2 * LAG else n - LAG)
-        while self.learned < until:
-            k = self.learned % KEPT
-            take = self.good[k] & ~self.flagged
-            weight = np.where(take, 1.0 / np.minimum(self.base_n + 1.0, 1000.0), 0.0)
-            self.base += weight * (self._clipped_raw(k) - self.base)
-            self.base_n += take
-            self.learned += 1
-        if n % 10 == 0:
-            self._noise()
+        if until > self.learned:
+            at = np.arange(self.learned, until) % KEPT
+            take = self.good[at] & ~self.flagged
+            self.base_n += take.sum(axis=0)
+            self.base += (take[:, None] * (self._clipped_raw(at) - self.base)).sum(axis=0) / np.clip(self.base_n, 1.0, 1000.0)
+            self.learned = until
+        for end in range(before // BLOCK * BLOCK + BLOCK, n + 1, BLOCK):
+            self._noise(end)
 
-    def _clipped_raw(self, k: int) -> Array:
-        """A step as the baseline sees it: a spike moves it no more than a bound."""
+    def _clipped_raw(self, at: Array) -> Array:
+        """Steps as the baseline sees them: a spike moves it no more than a bound."""
         unit = 1.0 if not self.device else self.wall_us
         bound = np.full(len(PARTS), CLIP * self.wall_us)
         bound[COMPUTE] = CLIP * unit
         wide = 4.0 * np.sqrt(self.step_var[0]) * self.wall_us
         limit = np.maximum(bound[:, None], np.where(np.arange(len(PARTS))[:, None] == COMPUTE, wide / (1.0 if self.device else max(self.wall_us, 1.0)), wide))
-        return np.asarray(np.clip(self.raw[k], self.base - limit, self.base + limit))
+        return np.asarray(np.clip(self.raw[at], self.base - limit, self.base + limit))
 
     def _relearn(self, n: int) -> None:
         """While there is little: the mean of all of it, spikes clipped as the windows clip them."""
@@ -257,9 +259,10 @@ class Stragglers:
             self.block_var = self.step_var / 10.0
             self.middles.begin(self.total[:n] / max(self.wall_us, 1.0), self.step_var[0].copy())
 
-    def _noise(self) -> None:
-        """One more block of 10. How far its mean lies from the last one's is a sample of the variance of such means: a rank that has become slow changes once, and does not hide in it."""
-        rows = self._clipped(10)
+    def _noise(self, count: int) -> None:
+        """One more block of 10, of so many steps. How far its mean lies from the last one's is a sample of the variance of such means: a rank that has become slow changes
+        once, and does not hide in it."""
+        rows = self._clipped(BLOCK, count)
         means = rows.mean(axis=1)
         self.blocks += 1
         change = (means - self._last[0]) / np.sqrt(2.0)
@@ -270,31 +273,37 @@ class Stragglers:
             self.block_var += weight * (change**2 - self.block_var)
         self._last[0] = means
         self.step_var += weight * (rows.var(axis=1) - self.step_var)
-        blocks = self._clipped(BLOCK * min(self.count // BLOCK, SPREAD))[0]
-        self.middles.add(blocks, self.count, self.learned, self.flagged)
-        if self.count % 40 == 0 and self.count >= 80:
-            means = self._clipped(40).mean(axis=1)
-            known = self.count > EARLY  # before, what the baseline does not know yet would count as noise
+        blocks = self._clipped(BLOCK * min(count // BLOCK, SPREAD), count)[0]
+        self.middles.add(blocks, count, self.learned, self.flagged)
+        if count % 40 == 0 and count >= 80:
+            means = self._clipped(40, count).mean(axis=1)
+            known = count > EARLY  # before, what the baseline does not know yet would count as noise
             now = median(means**2 if known else (means - self._last[1]) ** 2 / 2.0, axis=1) / MEDIAN_OF_SQUARE
             self._last[1] = means
-            if self.count >= 120:
-                self.wide_var += (now - self.wide_var) / min(self.count / 40.0 - 2.0, 20.0)
+            if count >= 120:
+                self.wide_var += (now - self.wide_var) / min(count / 40.0 - 2.0, 20.0)
         self._recent = None  # it was clipped by what noise was known before
 
-    def _clipped(self, w: int) -> Array:
-        """Series x the last w steps x ranks, parts of a step, spikes clipped."""
+    def _clipped(self, w: int, count: int | None = None) -> Array:
+        """Series x the last w steps (of so many) x ranks, parts of a step, spikes clipped."""
+        back = 0 if count is None else self.count - count
         if self._recent is None:
-            at = np.arange(self.count - min(self.count, WINDOWS[-1]), self.count) % KEPT
+            at = np.arange(self.count - min(self.count, WINDOWS[-1] + back), self.count) % KEPT
             wide = np.maximum(CLIP, 4.0 * np.sqrt(self.step_var))[:, None]
             self._recent = np.clip(np.stack([self.total[at], self.excess[at, COMPUTE]]) / max(self.wall_us, 1.0), -wide, wide)
-        return np.asarray(self._recent[:, -w:])
+        end = self._recent.shape[1] - back
+        return np.asarray(self._recent[:, max(0, end - w) : end])
 
-    def _runs(self, k: int) -> None:
+    def _runs(self, at: Array) -> None:
         """Steps in a row in which a rank was far out: episodes of an intermittent fault."""
-        out = self.total[k] > np.maximum(2.0 * self.settings.slow, 4.0 * np.sqrt(self.step_var[0])) * self.wall_us
-        ended = ~out & (self.runs >= RUN) & (self.runs < 10 * RUN)
-        self.runs = np.where(out, self.runs + 1, 0).astype(np.int32)
-        self.episodes = self.episodes * (1.0 - 1.0 / 200.0) + ended
+        out = self.total[at] > np.maximum(2.0 * self.settings.slow, 4.0 * np.sqrt(self.step_var[0])) * self.wall_us
+        if not out.any() and not self.runs.any():
+            self.episodes *= FORGET ** len(at)
+            return
+        for far in out:
+            ended = ~far & (self.runs >= RUN) & (self.runs < 10 * RUN)
+            self.runs = np.where(far, self.runs + 1, 0).astype(np.int32)
+            self.episodes = self.episodes * FORGET + ended
 
     # --- looking ---
 
@@ -316,6 +325,8 @@ class Stragglers:
         n = self.count
         if n < self.settings.learn_steps + 8:
             return []
+        if self._quiet(n):
+            return []
         over, window, short = self._levels(n)
         found = over >= 1.0
         mean20 = self._mean(20).max(axis=0)
@@ -332,6 +343,19 @@ class Stragglers:
         early = ~short & (n - self.found_at < AGAIN)
         return [self._late(int(r), int(window[r]), half=bool(~found[r] | early[r]), fresh=bool(fresh[r])) for r in np.flatnonzero(self.flagged)]
 
+    def _quiet(self, n: int) -> bool:
+        """Whether nobody can be over a bound, whatever the noise is: so it mostly is, and is seen at little cost."""
+        if self.flagged.any() or self.runs.any():
+            return False
+        last = self.total[np.arange(n - 10, n) % KEPT] / self.wall_us - self.middles.base
+        if ((last > 0.5 * self.settings.slow).sum(axis=0) >= STEADY).any():
+            return False
+        return all(float(self._mean(w).max()) < self.settings.slow_long for w in self._windows(n))
+
+    def _windows(self, n: int) -> list[int]:
+        """The long windows of which there are enough steps."""
+        return [w for w in WINDOWS[1:] if n >= w + self.settings.learn_steps + 5]
+
     def _levels(self, n: int) -> tuple[Array, Array, Array]:
         """(largest ratio to its threshold over the windows, which window, whether the short one shows it by itself) of each rank."""
         s, unit = self.settings, self.wall_us
@@ -341,11 +365,10 @@ class Stragglers:
         middle = self.middles.of(last)
         among = 1.4826 * float(median(np.abs(middle - median(middle)))) if self.size >= 8 else 0.0
         bound = np.maximum(s.slow, s.sigma_short * np.maximum(self.middles.error(), among))
-        steady = (last > 0.5 * bound).sum(axis=0) >= 8
+        steady = (last > 0.5 * bound).sum(axis=0) >= STEADY
         best = np.where(steady & enough, middle / bound, 0.0)
         window, short = np.full(self.size, 10), best >= 1.0
-        windows = [w for w in WINDOWS[1:] if n >= w + s.learn_steps + 5]
-        if windows:
+        if windows := self._windows(n):
             means = np.stack([self._mean(w) for w in windows])
             spread = 1.4826 * median(np.abs(means - median(means)[..., None]))[..., None] if self.size >= 8 else 0.0
             limits = np.maximum(np.maximum(s.slow_long, s.sigma_long * self._standard_errors(windows)), 4.5 * spread)

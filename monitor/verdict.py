@@ -109,8 +109,8 @@ class Verdicts:
     """Node -> what is wrong with its health."""
     _ids: int = 0
 
-    def window(self, domain: str, seen: Iterable[Seen], now_s: float, wall_s: float) -> list[Verdict]:
-        """One window of a domain: what was seen in it. Returns verdicts that are new or changed."""
+    def window(self, domain: str, seen: Iterable[Seen], now_s: float, wall_s: float, *, windows: int = 1) -> list[Verdict]:
+        """One window of a domain, as new as so many: what was seen in it. Returns verdicts that are new or changed."""
         by_key = {s.key: s for s in seen}
         changed = []
         for key, s in by_key.items():
@@ -120,7 +120,7 @@ class Verdicts:
                     continue
                 entry = self._begin(domain, s, now_s, wall_s)
             else:
-                self._again(entry, s)
+                self._again(entry, s, windows)
             changed.append(entry)
         for key, entry in list(self.open.items()):
             if entry.domain == domain and key not in by_key and entry.finding.kind not in LASTING:
@@ -145,11 +145,11 @@ class Verdicts:
         self.open[s.key] = entry
         return entry
 
-    def _again(self, entry: Open, s: Seen) -> None:
+    def _again(self, entry: Open, s: Seen, windows: int) -> None:
         entry.quiet = 0
         if s.half:
             return
-        entry.windows += 1
+        entry.windows += windows
         since = min(entry.finding.since_step, s.finding.since_step)
         entry.finding = _merged(entry, s.finding, since)
         if entry.state == "suspected" and (entry.windows > self.settings.confirm_windows or s.certain or s.finding.kind in CERTAIN):

@@ -8,6 +8,7 @@ A *phase* is a step in which a rank evaluated, compiled or saved for longer than
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ckptd.monitor import join, record
 from ckptd.monitor.comms import Transfers
 from ckptd.monitor.drift import DRIFT_MIN, Pace, is_drift
 from ckptd.monitor.hang import Patience
-from ckptd.monitor.join import Joined, Odd, median
+from ckptd.monitor.join import CHECKPOINT, COMPILE, DATA, DEVICE, EVAL, SELF, WALL, Joined, Odd, Together, known, median, together
 from ckptd.monitor.lasting import Lasting
 from ckptd.monitor.loss import Losses
 from ckptd.monitor.report import Evidence, Finding
@@ -24,7 +25,7 @@ from ckptd.monitor.roles import Roles
 from ckptd.monitor.settings import Settings
 from ckptd.monitor.standing import Roll
 from ckptd.monitor.steps import stride
-from ckptd.monitor.straggler import KEPT, Stragglers
+from ckptd.monitor.straggler import KEPT, TOGETHER_MAX, Stragglers
 from ckptd.monitor.verdict import Seen
 
 Array = np.ndarray[Any, Any]
@@ -33,9 +34,8 @@ PHASE = 0.02
 """Evaluating or compiling for more than this part of a step makes it a phase."""
 SAVING = 0.10
 """Saving for this much longer than usual makes it one."""
-EVERY_S = 0.2
-"""Windows are looked at no more often."""
 EVERY_STEPS = 2
+"""Windows are looked at when so many steps are new; of more that come at once, at the last."""
 NODE_MIN = 3
 """So many ranks of one node, slow for one reason, are the node's verdict."""
 SAVES_KEPT = 4
@@ -76,67 +76,86 @@ class Watch:
 
     # --- one step ---
 
-    def take(self, j: Joined) -> tuple[list[Seen], list[Seen] | None]:
-        """(what is certain at once, what the windows show, None if they were not looked at)."""
-        self.step = j.step
-        self.steps_seen += 1
-        now = self._at_once(j)
+    def take(self, steps: Sequence[Joined]) -> Iterator[tuple[list[Seen], int]]:
+        """Fills the windows. Yields what they show, whenever there are so many new steps or these are the last, and how many pairs of new steps they have."""
+        for i in range(0, len(steps), TOGETHER_MAX):
+            self._add(steps[i : i + TOGETHER_MAX])
+            pairs, self.since_look = divmod(self.since_look, EVERY_STEPS)
+            if pairs:
+                yield self.look(), pairs
+
+    def _add(self, steps: Sequence[Joined]) -> None:
+        self.step = steps[-1].step
         every = stride(self.stragglers.wall_us) if self.stragglers.wall_us else 1
-        if j.step % every:
-            return now, None  # told before its node knew how short steps are
-        self.values = np.where(np.isnan(j.values), self.values, j.values)
-        self._pauses(j)
-        if self.steps_seen <= self.settings.warmup_steps or self._phase(j):
-            return now, None
-        if self._known_groups != len(self.roll.members):
+        steps = [j for j in steps if j.step % every == 0]  # others were told before their node knew how short steps are
+        t = together(steps) if steps else None
+        if t is None:
+            return
+        for row in t.values if np.isnan(t.values).any() else t.values[-1:]:
+            self.values = np.where(np.isnan(row), self.values, row)
+        self._pauses(t)
+        t = t.only(~self._left_out(t) & (t.wall_us > 0.0))
+        if len(self.roll.members) != self._known_groups:
             self._known_groups = len(self.roll.members)
             self.roles.learn(self.roll.members)
-        if self.roles.see(j.program):
+        if len(t):
+            for piece in t.pieces(0 if self.roles.known(t.program) else len(t)):
+                self._fill(piece)
+
+    def _fill(self, t: Together) -> None:
+        """Steps that are no phases; one, if its programs may be new."""
+        if self.roles.see(t.program[0]):
             self.stragglers.forget()
-        self.stragglers.add(j, self.roles.by_role)
+        self.stragglers.add(t, self.roles.by_role)
         wall_us = self.stragglers.wall_us
-        self.lasting.add(j, self.stragglers.parts, wall_us, device=self.stragglers.device)
-        self.transfers.add(j, wall_us)
-        told = j.program[j.present]
-        program = int(np.bincount(told + 1).argmax()) - 1 if len(told) else -1
-        self.pace.add(j.step, float(median(j.values[join.WALL])), program)
-        self.since_look += 1
-        if self.since_look < max(EVERY_STEPS, int(EVERY_S * 1e6 / max(wall_us * every, 1.0))):
-            return now, None
-        self.since_look = 0
-        return now, self.look()
+        self.lasting.add(t, wall_us, device=self.stragglers.device)
+        self.transfers.add(t, wall_us)
+        self.pace.add(t)
+        self.since_look += len(t)
 
-    def _pauses(self, j: Joined) -> None:
+    def _pauses(self, t: Together) -> None:
         """What the job's own pauses are: a hang is longer."""
-        v = j.values
-        most = np.fmax.reduce(v, axis=1).tolist()  # of the ranks that told it
-        if np.isnan(most[join.WALL]):  # none did
-            return
-        own = v[join.WALL] if most[join.DEVICE] > 0 else v[join.SELF]
-        rest = float(np.fmax.reduce(own - v[join.CHECKPOINT] - v[join.EVAL] - v[join.COMPILE])) / 1e6
-        self.patience.step(rest, {})
-        for kind, signal in ((record.CHECKPOINT, join.CHECKPOINT), (record.EVAL, join.EVAL), (record.COMPILE, join.COMPILE), (record.DATA, join.DATA)):
-            if most[signal] > 0.0:
-                self.patience.phase(kind, most[signal] / 1e6)
+        v = t.values
+        most = np.fmax.reduce(v, axis=2)  # of the ranks that told it
+        own = np.where(most[:, DEVICE, None] > 0, v[:, WALL], v[:, SELF])
+        rest = np.fmax.reduce(own - v[:, CHECKPOINT] - v[:, EVAL] - v[:, COMPILE], axis=1)
+        for pause_us in rest[~np.isnan(rest)].tolist():
+            self.patience.step(pause_us / 1e6, {})
+        longest = np.fmax.reduce(most, axis=0).tolist()
+        for kind, signal in ((record.CHECKPOINT, CHECKPOINT), (record.EVAL, EVAL), (record.COMPILE, COMPILE), (record.DATA, DATA)):
+            if longest[signal] > 0.0:
+                self.patience.phase(kind, longest[signal] / 1e6)
 
-    def _phase(self, j: Joined) -> bool:
-        v = j.values
-        wall = max(self.stragglers.wall_us, 1.0) if self.stragglers.wall_us else float(median(v[join.WALL]))
-        busy, saves_us = join.known(v[join.EVAL] + v[join.COMPILE]), join.known(v[join.CHECKPOINT])
+    def _left_out(self, t: Together) -> Array:
+        """Which of these steps say nothing about speed: warm-up, phases, and the step after one."""
+        busy, saves = known(t.values[:, EVAL] + t.values[:, COMPILE]), known(t.values[:, CHECKPOINT])
+        seen = self.steps_seen + 1 + np.arange(len(t))
+        self.steps_seen += len(t)
+        warm = seen > self.settings.warmup_steps
+        if not (self._after_phase or self._saving.any() or busy.any() or saves.any()):
+            return ~warm
+        out = [self._phase(*step) for step in zip(busy[warm], saves[warm], t.wall_us[warm].tolist(), seen[warm].tolist(), strict=True)]
+        left = ~warm
+        left[warm] = out
+        return left
+
+    def _phase(self, busy: Array, saves_us: Array, wall_us: float, seen: int) -> bool:
+        wall = self.stragglers.wall_us or wall_us
         saving = saves_us - self._saving
         saves = bool((saving > SAVING * wall).any()) and self.stragglers.count > 0
         if saves and not self._after_phase:
             self._saves = [*self._saves, saving][-SAVES_KEPT:]
         else:
-            self._saving += (saves_us - self._saving) / min(self.steps_seen, 20)
+            self._saving += (saves_us - self._saving) / min(seen, 20)
         phase = saves or bool((busy > PHASE * wall).any())
         left_out = phase or self._after_phase
         self._after_phase = phase
-        return left_out and self.steps_seen > 8
+        return left_out and seen > 8
 
     # --- certain at once ---
 
-    def _at_once(self, j: Joined) -> list[Seen]:
+    def at_once(self, j: Joined) -> list[Seen]:
+        """What one step shows: numbers that are none, and ranks that entered other operations than the others."""
         seen = []
         if (bad := self.losses.add(j)) is not None:
             seen.append(Seen(("nan",), bad, certain=True))

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from ckptd.monitor import comms, join, record
 from ckptd.monitor.asks import Asks
 from ckptd.monitor.drift import Pace, is_drift
-from ckptd.monitor.join import Join, median
+from ckptd.monitor.hang import Patience
+from ckptd.monitor.join import Join, median, together
 from ckptd.monitor.loss import Losses
 from ckptd.monitor.report import Finding, GroupStep, Probed, StepSummary
 from ckptd.monitor.roles import Roles
 from ckptd.monitor.settings import Settings
+from ckptd.monitor.standing import Roll
 from ckptd.monitor.straggler import Stragglers
 from ckptd.monitor.verdict import Seen, Verdicts, agree
+from ckptd.monitor.watch import Watch
 
 MS = 1000
 WORLD = 1
 
 
-def summary(rank, step, *, wall=100 * MS, own=80 * MS, seq=None, history=0, inside=20 * MS, **more):
+def summary(rank, step, *, wall=100 * MS, own=80 * MS, seq=None, history=0, inside=20 * MS, program=7, **more):
     groups = [] if seq is None else [GroupStep(WORLD, seq, history, 4, 1 << 20, inside, inside)]
-    return StepSummary(rank, step, step * 10**8, wall, own, program=7, groups=groups, **more)
+    return StepSummary(rank, step, step * 10**8, wall, own, program=program, groups=groups, **more)
 
 
 def joined(steps, size, of):
@@ -132,7 +137,7 @@ def watched(steps, size, of, roles=None, settings=Settings()):
     s = Stragglers(size, settings)
     first, last = {}, []
     for j in joined(steps, size, of)[1]:
-        s.add(j, roles or [np.arange(size)])
+        s.add(together([j]), roles or [np.arange(size)])
         last = s.look()
         for x in last:
             if not x.half:
@@ -181,7 +186,7 @@ def test_a_small_slowness_is_not_learned_as_the_ranks_noise(seed):
         return summary(r, step, own=own, wall=own + 20 * MS)
 
     for j in joined(199, 8, of)[1]:
-        s.add(j, [np.arange(8)])
+        s.add(together([j]), [np.arange(8)])
     error, true = s.standard_error(40)[1], 0.02 * 0.8 * np.sqrt(1 / 40 + 1 / 100)
     print(f"standard errors, percent of a step: {np.round(100 * error, 2)}; of the noise that was put in {100 * true:.2f}")
     assert 0.7 * true < error.min() and error.max() < 1.6 * true
@@ -277,7 +282,7 @@ def test_slow_transfers_are_found_without_anybody_being_slow():
     t = comms.Transfers(Settings())
     found = None
     for j in joined(60, 4, lambda r, s: summary(r, s, seq=4 * s, inside=(20 if s <= 40 else 60) * MS))[1]:
-        t.add(j, 100 * MS)
+        t.add(together([j]), 100 * MS)
         found = t.look([WORLD], {WORLD: range(4)}) or found
     assert found.finding.kind == "comm-slow"
     assert found.finding.since_step == 41
@@ -295,11 +300,19 @@ def test_a_slope_is_told_from_a_step():
         assert not is_drift((np.arange(100) > 60) * 0.15 + noise)
 
 
+def one_step(step, wall_us, program):
+    table = Join(2)
+    table.add([summary(r, step, wall=wall_us, program=program) for r in range(2)], 0.0)
+    (j,) = table.ready(0.0)
+    return together([replace(j, program=np.full(2, program))])
+
+
 def test_all_slower_is_said_and_a_new_program_is_not():
     pace, other = Pace(Settings()), Pace(Settings())
     for s in range(300):
-        pace.add(s, 1e5 * (1.3 if s > 200 else 1.0), 1)
-        other.add(s, 1e5 * (1.3 if s > 200 else 1.0), 1 + (s > 200))
+        wall = int(1e5 * (1.3 if s > 200 else 1.0))
+        pace.add(one_step(s, wall, 1))
+        other.add(one_step(s, wall, 1 + (s > 200)))
     assert pace.look().kind == "global-slow"
     assert other.look() is None
 
@@ -415,16 +428,12 @@ def test_a_rank_is_not_probed_again_at_once():
 )
 @pytest.mark.parametrize("each_ms", [0, 4], ids=["", "and a snapshot in every step"])
 def test_a_save_is_compared_with_those_of_others_that_save(saves_ms, named, each_ms):
-    from ckptd.monitor.hang import Patience
-    from ckptd.monitor.standing import Roll
-    from ckptd.monitor.watch import Watch
-
     settings = Settings()
     watch = Watch(6, settings, Roll(6, 1, settings), Patience(settings))
     factor = noisy(5, 6, 120)
     seen = []
     for j in joined(120, 6, lambda r, s: summary(r, s, own=int(80 * MS * factor[s, r]), checkpoint_us=each_ms * MS + saves_ms[r] * MS * (s % 25 == 0)))[1]:
-        seen += watch.take(j)[1] or []
+        seen += [x for shown, _ in watch.take([j]) for x in shown]
     assert {r for x in seen for r in x.finding.ranks if x.finding.kind == "checkpoint-stall"} == set(named)
 
 
@@ -450,7 +459,7 @@ def noisy_job(seed, *, cost, onset=43, steps=90, size=4):
         own[0] += cost if step >= onset else 0.0
         table.add([summary(r, step, wall=int((own.max() + 0.2) * 1e5), own=int(own[r] * 1e5)) for r in range(size)], 0.0)
         for j in table.ready(0.0):
-            stragglers.add(j, [np.arange(size)])
+            stragglers.add(together([j]), [np.arange(size)])
         for x in stragglers.look() if step % 2 == 0 else ():
             if x.rank == 0 and step >= onset and not x.half:
                 first = step - onset if first is None else first
@@ -478,9 +487,77 @@ def test_what_a_short_window_shows_is_not_held_up_by_a_longer_one():
         own[0] += 0.06 if step >= 120 else 0.0
         table.add([summary(r, step, own=int(own[r] * 1e5)) for r in range(4)], 0.0)
         for j in table.ready(0.0):
-            stragglers.add(j, [np.arange(4)])
+            stragglers.add(together([j]), [np.arange(4)])
         late = stragglers.look() if step % 2 == 0 else []
         looks += len([x for x in late if x.rank == 0 and not x.half])
         if looks == 3:  # so many confirm it
             break
     assert step - 120 <= 16
+
+
+# --- steps that come together -----------------------------------------------------------------------------------------------
+
+
+def watch_of(size):
+    settings = Settings()
+    return Watch(size, settings, Roll(size, 1, settings), Patience(settings))
+
+
+def eventful(seed, steps, size):
+    """Steps of a job in which much happens: (join, its steps, which faults there are, the step after which they are there)."""
+    rng = np.random.default_rng(seed)
+    kinds = dict(zip(("slow", "spikes", "saves", "evaluations", "transfers"), (rng.random(5) < 0.6).tolist(), strict=True))
+    late, programs = int(rng.integers(40, steps)), 1 + (int(rng.integers(2)) * np.arange(size)) // 2
+
+    def of(r, step):
+        own = 75 * MS + int(2 * MS * rng.normal())
+        own += 9 * MS if kinds["slow"] and r == 1 and step > late else 0
+        own += 60 * MS if kinds["spikes"] and r == 2 and step % 30 < 5 else 0
+        part = {"checkpoint_us": 40 * MS * (kinds["saves"] and step % 25 == 0), "eval_us": 50 * MS * (kinds["evaluations"] and step % 40 == 0)}
+        inside = 20 * MS * (3 if kinds["transfers"] and step > late else 1)
+        return summary(
+            r, step, wall=100 * MS + part["eval_us"], own=own + sum(part.values()), seq=4 * step, inside=inside, program=int(programs[r]),
+            lost=int(rng.random() < 0.01), **part,
+        )  # fmt: skip
+
+    return *joined(steps, size, of), kinds, late
+
+
+def watched_in(batches, size, table):
+    """The Watch after batches of steps; when what was first seen; the windows, in pairs of steps."""
+    settings = Settings()
+    watch = Watch(size, settings, Roll(size, 1, settings), Patience(settings))
+    watch.join = table
+    found, pairs = {}, 0
+    for steps in batches:
+        for shown, new in watch.take(steps):
+            pairs += new
+            for x in shown:
+                found.setdefault(x.key, steps[-1].step)
+    return watch, found, pairs
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_steps_that_come_together_are_taken_as_those_that_come_one_by_one(seed):
+    """Baselines, noise and windows are nearly the same, and who is found is; a rank with spikes is left out, whose baseline hangs on when it was looked at."""
+    rng, size = np.random.default_rng(seed), int(np.random.default_rng(seed).integers(2, 9))
+    table, steps, kinds, late = eventful(seed, 160, size)
+    cuts = np.cumsum(rng.integers(1, 30, 160))
+    one, alone, _ = watched_in([[j] for j in steps], size, table)
+    many, together_, pairs = watched_in([steps[a:b] for a, b in zip([0, *cuts], cuts, strict=False) if steps[a:b]], size, table)
+    a, b = one.stragglers, many.stragglers
+    print(f"seed {seed}: {size} ranks, {kinds} from step {late}; found one by one {alone}, together {together_}")
+    assert (a.count, a.learned, a.blocks, one.steps_seen, one.patience.steps) == (b.count, b.learned, b.blocks, many.steps_seen, many.patience.steps)
+    assert 2 * pairs + many.since_look == b.count
+    np.testing.assert_array_equal(a.steps, b.steps)
+    assert one.patience.pause_s() == many.patience.pause_s()
+    np.testing.assert_allclose(one.transfers.base, many.transfers.base, rtol=0.05)
+    ranks = np.array([r for r in range(size) if not kinds["spikes"] or r != 2])
+    np.testing.assert_allclose((a.total / a.wall_us)[:, ranks], (b.total / b.wall_us)[:, ranks], atol=0.02)
+    np.testing.assert_allclose(a.standard_error(20)[:, ranks], b.standard_error(20)[:, ranks], rtol=0.4, atol=2e-3)
+    wanted = {("slow", 1): kinds["slow"], ("slow", 2): kinds["spikes"], ("comm",): kinds["transfers"]}
+    for found in (alone, together_):
+        assert all(wanted.get(key, key == ("global",)) for key in found)
+    for key in (("slow", 1), ("comm",)):
+        if wanted[key] and late <= 110:
+            assert key in alone and together_[key] <= alone[key] + 32, key

@@ -9,7 +9,7 @@ import pytest
 
 from ckptd.monitor import record
 from ckptd.monitor.ring import Group, Ring
-from ckptd.monitor.steps import APART_US, EVERY_MAX, Samples, Summarizer, join_node, recent_signatures, stride, summarize
+from ckptd.monitor.steps import APART_US, EVERY_MAX, Samples, Summarizer, between, join_node, recent_signatures, stride, summarize
 from ckptd.monitor.tap_writer import Writer
 
 MS = 1_000_000
@@ -143,9 +143,30 @@ def test_samples_are_joined_by_straight_lines():
     s = Samples()
     s.add(0, 0, 0)
     s.add(100 * MS, 50 * MS, 10 * MS)
-    cpu, delay = s.between(np.array([0, 50 * MS]), np.array([50 * MS, 100 * MS]))
+    cpu, delay = between([s], np.array([0, 50 * MS]), np.array([50 * MS, 100 * MS]), np.zeros(2, np.int64))
     assert [*cpu] == [25_000, 25_000]
     assert [*delay] == [5_000, 5_000]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_samples_of_several_ranks_are_each_ranks_own(seed):
+    """Steps before the first look, after the last, and longer than many looks; ranks of which there are none."""
+    rng = np.random.default_rng(seed)
+    ranks, begin, end, rank_of, wanted = [], [], [], [], []
+    for r in range(int(rng.integers(1, 9))):
+        s = Samples()
+        looks = np.sort(rng.integers(10**15, 10**15 + 10**10, int(rng.integers(0, 30))))
+        spent = np.cumsum(rng.integers(0, 10**8, (2, len(looks))), axis=1) + 10**12
+        for row in zip(looks.tolist(), *spent.tolist(), strict=True):
+            s.add(*row)
+        times = np.sort(rng.integers(10**15 - 10**9, 10**15 + 11 * 10**9, int(rng.integers(2, 20))))
+        ranks.append(s)
+        begin, end, rank_of = [*begin, *times[:-1]], [*end, *times[1:]], [*rank_of, *[r] * (len(times) - 1)]
+        base = 10**15 - 10**9
+        its = [np.diff(np.interp(times - base, looks - base, v - v[0])) / 1000 if len(looks) > 1 else np.zeros(len(times) - 1) for v in spent]
+        wanted.append(np.array(its))
+    found = between(ranks, np.array(begin), np.array(end), np.array(rank_of))
+    np.testing.assert_allclose(found, np.concatenate(wanted, axis=1), atol=2)
 
 
 def test_signatures_of_what_was_entered_before_are_the_writers():
@@ -231,7 +252,7 @@ def test_strides_are_powers_of_two_that_lie_within_each_other():
     strides = [stride(us) for us in range(1, 300_000, 7)]
     assert all(n & (n - 1) == 0 and 1 <= n <= EVERY_MAX for n in strides)
     assert strides == sorted(strides, reverse=True)
-    assert (stride(100_000), stride(APART_US), stride(APART_US / 2), stride(20_000), stride(12_000), stride(0.0)) == (1, 1, 2, 2, 4, EVERY_MAX)
+    assert (stride(200_000), stride(APART_US), stride(APART_US / 2), stride(40_000), stride(20_000), stride(0.0)) == (1, 1, 2, 2, 4, EVERY_MAX)
 
 
 def short_steps(count: int, bad: set[int]) -> list[np.ndarray]:
