@@ -605,6 +605,7 @@ class Watcher:
             rate = await probing.transfer(self._daemon.peers, job.name, ask.other)
         job.probed.append(report.Probed(ask.id, "transfer", here, rate, other=ask.other, baseline=self._baselines.of("transfer", address)))
         self._baselines.learn("transfer", address, rate, time.time())  # the best of what was seen stays
+        self._send(job)  # at once: the next round of pairs waits for it
 
     def feels(self, found: report.Health) -> None:
         """The node's health, for all its jobs."""

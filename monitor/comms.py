@@ -7,7 +7,9 @@
 
 The matrix D[from][to] is seconds per byte (1 / rate). A cell is hot if it is 1.5 times its own baseline where the node has one, else the 25th percentile of all: half of
 the cells are hot where both directions of one node of four are slow, so a median would not do. Up to PAIRS_ALL nodes every pair is measured, in rounds of disjoint
-pairs (each node sends to one and receives from one); beyond, each node to a few others.
+pairs; beyond, each node to a few others.
+
+A slow side whose queue is full (the job goes on meanwhile) delays the acknowledgements of what goes the other way, so that this is slow too, only less.
 
 Sources: C4D (monitoring.md 2.1), measured in 3(c).
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,8 @@ PAIRS_ALL = 8
 OFFSETS = (1, 2, 5, -1)
 MOST = 0.75
 """Of a row's or column's cells: so many hot ones make the whole hot."""
+SIDED = 1.4
+"""A node that sends and receives slowly, one of them by so much more, has one slow side: the other one waits for acknowledgements in the slow side's queue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +158,31 @@ class Transfers:
 
 
 def rounds(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Pairs (from, to) to be measured, in rounds in which every node sends to one and receives from one other at most."""
-    n = len(nodes)
-    if n < 2:
-        return []
-    offsets = range(1, n) if n <= PAIRS_ALL else [d for d in OFFSETS if d % n]
-    return [[(nodes[i], nodes[(i + d) % n]) for i in range(n)] for d in offsets]
+    """Pairs (from, to) to be measured, in rounds in which no node is in two pairs: one that received meanwhile would send slowly, behind acknowledgements that wait."""
+    return _each_with_each(nodes) if len(nodes) <= PAIRS_ALL else _each_with_some(nodes)
+
+
+def _each_with_each(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """The rounds of a tournament, there and back: as few as there can be. One node stays in its place, the others go around."""
+    seats: list[int | None] = [*nodes] + [None] * (len(nodes) % 2)
+    found = []
+    for _ in range(len(seats) - 1):
+        pairs = [(a, b) for a, b in zip(seats[: len(seats) // 2], reversed(seats), strict=False) if a is not None and b is not None]
+        found += [pairs, [(b, a) for a, b in pairs]]
+        seats = [seats[0], seats[-1], *seats[1:-1]]
+    return found
+
+
+def _each_with_some(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
+    found: list[tuple[set[int], list[tuple[int, int]]]] = []
+    for d, i in product(OFFSETS, range(len(nodes))):
+        pair = (nodes[i], nodes[(i + d) % len(nodes)])
+        busy, pairs = next((r for r in found if r[0].isdisjoint(pair)), (set(), []))
+        if not pairs:
+            found.append((busy, pairs))
+        busy.update(pair)
+        pairs.append(pair)
+    return [pairs for _, pairs in found]
 
 
 def suspects(hot: Sequence[int], members: Mapping[int, Sequence[int]], node_of: Array, healthy: Sequence[int]) -> list[int]:
@@ -209,6 +233,12 @@ def _shape(burning: set[tuple[int, int]], over: Mapping[tuple[int, int], float])
     nodes = sorted({n for pair in over for n in pair})
     rows = [n for n in nodes if _most(n, 0, burning, over)]
     columns = [n for n in nodes if _most(n, 1, burning, over)]
+    for n in {*rows} & {*columns}:
+        sends, receives = (float(np.median([x for pair, x in over.items() if pair[end] == n])) for end in (0, 1))
+        if receives >= SIDED * sends:
+            rows.remove(n)
+        elif sends >= SIDED * receives:
+            columns.remove(n)
     both = [n for n in rows if n in columns]
     top = sorted(burning, key=lambda p: -over[p])
     evidence = tuple(Evidence(signal=f"node {a} to node {b}", value=round(over[a, b], 2), unit="times as long") for a, b in top[:6])

@@ -53,6 +53,10 @@ class Layout:
         return np.arange(self.world).reshape(self.pp, self.dp, self.tp)
 
 
+TRANSFER_S = 0.6
+"""How long a round of pairs of nodes takes, from asking to the answer: so measured in the real jobs of watch_links, with four daemons on two cores."""
+
+
 @dataclass
 class Kind:
     """Groups of one kind: a matrix of members, and what its operations cost."""
@@ -138,7 +142,8 @@ class Sim:
         self.wander = np.zeros(layout.nodes)
         self.slow_wander = np.zeros(w)
         self.step = 0
-        self.t = 0.0
+        self.t = self.now = 0.0
+        """The end of the newest step; the moment that is being told of."""
         self.clock_ns = np.full(w, 10**9, np.int64)
         self.sent = [0] * layout.nodes
         self.gc_phase = self.rng.integers(0, max(1, noise.gc_every), w)
@@ -441,15 +446,21 @@ class Sim:
                     hit = {"send-slow": a == f.node, "receive-slow": ask.other == f.node, "link-slow": (a, ask.other) == (f.node, f.peer)}.get(f.kind, False)
                     if hit and self.active(f):
                         rate *= f.severity
-                self.answers.append((self.t + ask.seconds + 0.3, Probed(ask.id, "transfer", a, rate, ask.other)))
+                self.answers.append((self.now + TRANSFER_S, Probed(ask.id, "transfer", a, rate, ask.other)))
 
     def run(self, steps: int) -> Iterator[tuple[float, int, list[Report]]]:
-        """Steps, told every `report_s`; between long steps time passes too."""
+        """Steps, told every `report_s`; between long steps time passes too, and pairs of nodes say what they measured when they have."""
         for _ in range(steps):
             before = self.t
             self.advance()
-            for at in np.arange(np.ceil(before / 0.5) * 0.5, self.t, 0.5)[1:4] if self.step_s > 0.6 else ():
-                yield float(at), self.step - 1, []
+            ticks = [*np.arange(np.ceil(before / 0.5) * 0.5, self.t, 0.5)[1:4].tolist()] if self.step_s > 0.6 else []
+            while (at := min([*ticks[:1], *[t for t, p in self.answers if p.kind == "transfer"]], default=self.t)) < self.t:
+                self.now = max(at, before)
+                ticks = [t for t in ticks if t > at]
+                due = [(t, p) for t, p in self.answers if p.kind == "transfer" and t <= at]
+                self.answers = [a for a in self.answers if a not in due]
+                yield self.now, self.step - 1, [Report(0, 0, probed=[p for _, p in due])] if due else []
+            self.now = self.t
             if self.t - self.reported >= self.report_s:
                 self.reported = self.t
                 yield self.t, self.step, self.reports()
