@@ -1,5 +1,6 @@
 // The tap in C++: a boxed kernel for every operator of the library `c10d` at the dispatch key BackendSelect, which all callers pass (Python, DDP's reducer, functional
-// collectives, compiled code), on CPU and on devices. It writes the ring (`ring.h`; `record.py` has the rules) and hands the operation on.
+// collectives, compiled code), on CPU and on devices. It writes the ring (`ring.h`; `record.py` has the rules) and hands the operation on. For the operators of every
+// training step there is a kernel with their types besides, at the keys of autograd, which comes before and is cheaper (Typed).
 //
 //     enter      record claimed, group's row moved on                    before the operation
 //     returned   the call came back                                      after it
@@ -40,6 +41,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -320,18 +322,28 @@ uint8_t dtype_code(at::ScalarType t) {
     }
 }
 
+using Lists = std::vector<std::vector<at::Tensor>>;
+
 struct Measured {
     uint64_t bytes = 0;
     uint8_t dtype = 0;
     bool any = false;
     c10::Device device = c10::Device(c10::DeviceType::CPU);
 
+    void add(const at::Tensor& t) {
+        if (!t.defined()) return;
+        bytes += uint64_t(t.numel()) * t.element_size();
+        if (!any) dtype = dtype_code(t.scalar_type()), device = t.device(), any = true;
+    }
+    void add(at::TensorList list) {
+        for (const at::Tensor& t : list) add(t);
+    }
+    void add(const Lists& lists) {
+        for (const auto& list : lists) add(at::TensorList(list));
+    }
     void add(const c10::IValue& v) {
         if (v.isTensor()) {
-            const at::Tensor& t = v.toTensor();
-            if (!t.defined()) return;
-            bytes += uint64_t(t.numel()) * t.element_size();
-            if (!any) dtype = dtype_code(t.scalar_type()), device = t.device(), any = true;
+            add(v.toTensor());
         } else if (v.isList()) {
             for (const c10::IValue& x : v.toListRef()) add(x);
         }
@@ -584,9 +596,18 @@ void follow(const c10::intrusive_ptr<c10d::Work>& work, uint64_t tag, Pair* pair
     if (pair != nullptr) pair->state.store(FREE, std::memory_order_release);
 }
 
+void remember_outputs(const at::Tensor& t, uint64_t tag) {
+    if (t.defined() && t.has_storage()) outputs.put(t.storage().unsafeGetStorageImpl(), tag);
+}
+void remember_outputs(at::TensorList list, uint64_t tag) {
+    for (const at::Tensor& t : list) remember_outputs(t, tag);
+}
+void remember_outputs(const Lists& lists, uint64_t tag) {
+    for (const auto& list : lists) remember_outputs(at::TensorList(list), tag);
+}
 void remember_outputs(const c10::IValue& v, uint64_t tag) {
     if (v.isTensor()) {
-        if (v.toTensor().defined() && v.toTensor().has_storage()) outputs.put(v.toTensor().storage().unsafeGetStorageImpl(), tag);
+        remember_outputs(v.toTensor(), tag);
     } else if (v.isList()) {
         for (const c10::IValue& x : v.toListRef()) remember_outputs(x, tag);
     }
@@ -598,21 +619,82 @@ void failed() {
 
 const DispatchKeySet BELOW(DispatchKeySet::FULL_AFTER, DispatchKey::BackendSelect);
 
-class Kernel : public c10::OperatorKernel {
+using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
+using Work = c10::intrusive_ptr<c10d::Work>;
+
+struct Call {  // one operation, from its entry until it has returned
+    uint64_t began = now_ns(), called = 0, tag = 0;
+    bool async = false, sampled = false;
+    Pair* pair = nullptr;
+};
+
+class Operation {  // what both kernels do before and after
 public:
-    explicit Kernel(Spec s) : spec(s), single(s) { single.coalesced = false, single.code = plain_of(s.code); }
+    explicit Operation(const Spec& s) : spec(s), single(s) { single.coalesced = false, single.code = plain_of(s.code); }
+
+protected:
+    Spec spec, single;  // single: what a coalesced operation of one tensor is
+
+    bool opened(Call& c, const Group& group, const Measured& what, int64_t peer, bool alone) const {
+        Members* m = seen(group);
+        if (m == nullptr) return false;
+        if (breaks.load(std::memory_order_relaxed) > 0 && breaks.fetch_sub(1) > 0) throw std::runtime_error("as tests asked");
+        uint64_t i = enter(alone && spec.coalesced && spec.even ? single : spec, *m, what, peer, c.async, c.began);
+        bool device = what.device.type() != c10::DeviceType::CPU;
+        c.tag = tagged(i, device);
+        uint32_t one_in = every.load(std::memory_order_relaxed);
+        if (device && one_in > 0 && capturing.load(std::memory_order_relaxed) == 0) {
+            // Few operations are all timed: the last before a pause must be, for it tells whether the group has left it.
+            bool turn = m->device_ops.fetch_add(1, std::memory_order_relaxed) % one_in == 0;
+            if (turn || c.began - m->timed_ns.load(std::memory_order_relaxed) > TIMED_APART_NS) {
+                m->timed_ns.store(c.began, std::memory_order_relaxed);
+                c.pair = clock_of()->begin(what.device, c.tag);
+            }
+        }
+        c.sampled = (i & 63) == 0;
+        if (c.sampled) c.called = now_ns();
+        return true;
+    }
+
+    static void thrown(const Call& c) {  // what the operation throws goes on to its caller
+        if (c.pair != nullptr) c.pair->state.store(FREE, std::memory_order_release);
+        uint64_t now = now_ns();
+        if (current(c.tag)) returned(index_of(c.tag), now), ended(index_of(c.tag), now, true);
+    }
+
+    template <class Outputs>
+    void closed(const Call& c, bool gives_work, const Work& work, const Outputs& results) const {
+        uint64_t back = now_ns();
+        if (!current(c.tag)) {
+            if (c.pair != nullptr) c.pair->state.store(FREE, std::memory_order_release);
+            return;
+        }
+        returned(index_of(c.tag), back);
+        if (gives_work) {
+            follow(work, c.tag, c.pair);
+        } else {
+            if (c.pair != nullptr) c.pair->state.store(FREE, std::memory_order_release);
+            if (!on_device(c.tag)) ended(index_of(c.tag), back, false);  // a call that gives no work is over
+        }
+        if (c.async && spec.functional) remember_outputs(results, c.tag);  // wait_tensor is asked about these
+        if (c.sampled) __atomic_fetch_add(&ring.header->hook_ns, 64 * ((c.called - c.began) + (now_ns() - back)), __ATOMIC_RELAXED);
+    }
+};
+
+class Boxed : public c10::OperatorKernel, Operation {  // any operator, by what its schema says
+public:
+    using Operation::Operation;
 
     void operator()(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
         if (off.load(std::memory_order_relaxed)) {
             op.redispatchBoxed(keys & BELOW, stack);
             return;
         }
-        uint64_t began = now_ns(), tag = 0;
-        bool known = false, async = spec.p2p;
-        Pair* pair = nullptr;
-        c10::IValue keep;  // outputs of a functional collective
+        Call c;
+        bool known = false;
+        c10::IValue results;
         try {
-            known = before(op, *stack, began, tag, async, pair, keep);
+            known = before(op, *stack, c, results);
         } catch (...) {
             failed();
         }
@@ -620,75 +702,148 @@ public:
             op.redispatchBoxed(keys & BELOW, stack);
             return;
         }
-        bool sampled = (index_of(tag) & 63) == 0;
-        uint64_t called = sampled ? now_ns() : 0;
         try {
             op.redispatchBoxed(keys & BELOW, stack);
         } catch (...) {
-            if (pair != nullptr) pair->state.store(FREE, std::memory_order_release);
-            uint64_t now = now_ns();
-            if (current(tag)) returned(index_of(tag), now), ended(index_of(tag), now, true);
+            thrown(c);
             throw;
         }
-        uint64_t back = now_ns();
         try {
-            after(op, *stack, tag, pair, back);
-            if (keep.isTensor() || keep.isList()) remember_outputs(keep, tag);
-            if (sampled) __atomic_fetch_add(&ring.header->hook_ns, 64 * ((called - began) + (now_ns() - back)), __ATOMIC_RELAXED);
+            Work work;
+            bool gives = given(op, *stack, work);
+            closed(c, gives, work, results);
         } catch (...) {
             failed();
         }
     }
 
 private:
-    Spec spec, single;  // single: what a coalesced operation of one tensor is
-
-    bool before(const c10::OperatorHandle& op, const Stack& stack, uint64_t began, uint64_t& tag, bool& async, Pair*& pair, c10::IValue& keep) {
-        size_t n = op.schema().arguments().size();
-        const c10::IValue* args = stack.data() + (stack.size() - n);
-        auto pg = c10::static_intrusive_pointer_cast<c10d::ProcessGroup>(args[spec.group].toObjectRef().getSlot(0).toCapsule());
-        Members* m = seen(pg);
-        if (m == nullptr) return false;
+    bool before(const c10::OperatorHandle& op, const Stack& stack, Call& c, c10::IValue& results) const {
+        const c10::IValue* args = stack.data() + (stack.size() - op.schema().arguments().size());
+        auto group = c10::static_intrusive_pointer_cast<c10d::ProcessGroup>(args[spec.group].toObjectRef().getSlot(0).toCapsule());
         Measured what;
         if (spec.tensors >= 0) what.add(args[spec.tensors]);
         else if (args[0].isTensor() && args[0].toTensor().defined()) what.device = args[0].toTensor().device();  // a barrier's says only where
-        if (breaks.load(std::memory_order_relaxed) > 0 && breaks.fetch_sub(1) > 0) throw std::runtime_error("as tests asked");
-        if (spec.async >= 0) async = args[spec.async].toBool();
-        int64_t peer = spec.peer >= 0 ? args[spec.peer].toInt() : -1;
-        bool alone = spec.coalesced && spec.even && args[spec.tensors].isList() && args[spec.tensors].toListRef().size() == 1;
-        uint64_t i = enter(alone ? single : spec, *m, what, peer, async, began);
-        bool device = what.device.type() != c10::DeviceType::CPU;
-        tag = tagged(i, device);
-        uint32_t one_in = every.load(std::memory_order_relaxed);
-        if (device && one_in > 0 && capturing.load(std::memory_order_relaxed) == 0) {
-            // Few operations are all timed: the last before a pause must be, for it tells whether the group has left it.
-            bool turn = m->device_ops.fetch_add(1, std::memory_order_relaxed) % one_in == 0;
-            if (turn || began - m->timed_ns.load(std::memory_order_relaxed) > TIMED_APART_NS) {
-                m->timed_ns.store(began, std::memory_order_relaxed);
-                pair = clock_of()->begin(what.device, tag);
-            }
-        }
-        if (async && spec.functional) keep = args[0];
+        c.async = spec.async >= 0 ? args[spec.async].toBool() : spec.p2p;
+        bool alone = spec.tensors >= 0 && args[spec.tensors].isList() && args[spec.tensors].toListRef().size() == 1;
+        if (!opened(c, group, what, spec.peer >= 0 ? args[spec.peer].toInt() : -1, alone)) return false;
+        if (c.async && spec.functional) results = args[0];
         return true;
     }
 
-    void after(const c10::OperatorHandle& op, const Stack& stack, uint64_t tag, Pair* pair, uint64_t back) {
-        if (!current(tag)) {
-            if (pair != nullptr) pair->state.store(FREE, std::memory_order_release);
-            return;
-        }
-        returned(index_of(tag), back);
-        const c10::IValue* last = op.schema().returns().empty() ? nullptr : &stack.back();
-        if (last != nullptr && last->isObject()) {
-            auto capsule = last->toObjectRef().getSlot(0);
-            if (capsule.isCapsule()) {
-                follow(c10::static_intrusive_pointer_cast<c10d::Work>(capsule.toCapsule()), tag, pair);
-                return;
-            }
-        }
-        if (pair != nullptr) pair->state.store(FREE, std::memory_order_release);
-        if (!on_device(tag)) ended(index_of(tag), back, false);  // a call that gives no work is over
+    static bool given(const c10::OperatorHandle& op, const Stack& stack, Work& work) {
+        if (op.schema().returns().empty() || !stack.back().isObject()) return false;
+        auto capsule = stack.back().toObjectRef().getSlot(0);
+        if (!capsule.isCapsule()) return false;
+        work = c10::static_intrusive_pointer_cast<c10d::Work>(capsule.toCapsule());
+        return true;
     }
+};
+
+// The operators of every training step, with the types that ProcessGroup.hpp calls them with, at the keys of autograd: there torch has a fallback that packs the arguments
+// into a stack, which the operation unpacks again. It does so to warn of a backward pass through an operator that has none. Where no tensor wants a gradient, and nothing
+// stands between autograd and the backend, there is nothing to warn of: the arguments are handed on as they are, and the operation costs less than without a tap. In all
+// other cases torch's fallback is asked (`AutogradOther` has it, too), which comes to Boxed.
+// `tensors`: which argument is measured. Registering one whose types are others in this version of torch throws; it stays with Boxed then.
+std::atomic<uint64_t> direct{0};  // so many operations went this way: for tests
+
+template <size_t tensors, class Signature>
+class Typed;
+
+template <size_t tensors, class Result, class... Args>
+class Typed<tensors, Result(Args...)> : Operation {
+public:
+    Typed(const Spec& s, const c10::OperatorHandle& op) : Operation(s), below(op.typed<Result(Args...)>()) {}
+
+    Result operator()(DispatchKeySet keys, Args... args) {
+        DispatchKeySet rest = keys & c10::after_autograd_keyset;
+        bool plain = !off.load(std::memory_order_relaxed) && rest.highestPriorityTypeId() == DispatchKey::BackendSelect && !wants_gradient(args...);
+        if (!plain) return below.redispatch(rest | DispatchKeySet(DispatchKey::AutogradOther), args...);
+        Call c;
+        bool known = false;
+        auto all = std::forward_as_tuple(args...);
+        try {
+            known = before(c, all);
+        } catch (...) {
+            failed();
+        }
+        if (!known) return below.redispatch(rest & BELOW, args...);
+        direct.store(direct.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+        Result said = [&] {
+            try {
+                return below.redispatch(rest & BELOW, args...);
+            } catch (...) {
+                thrown(c);
+                throw;
+            }
+        }();
+        try {
+            closed(c, true, work_of(said), std::get<0>(all));
+        } catch (...) {
+            failed();
+        }
+        return said;
+    }
+
+private:
+    c10::TypedOperatorHandle<Result(Args...)> below;
+
+    template <class T>
+    static constexpr size_t first() {  // where the first argument of this type is; as many as there are: nowhere
+        constexpr bool is[] = {std::is_same_v<std::decay_t<Args>, T>...};
+        for (size_t i = 0; i < sizeof...(Args); i++) if (is[i]) return i;
+        return sizeof...(Args);
+    }
+    template <class T>
+    static bool wanted(const T&) { return false; }  // of what is no tensor
+    static bool wanted(const at::Tensor& t) { return t.requires_grad(); }
+    static bool wanted(const std::optional<at::Tensor>& t) { return t.has_value() && t->requires_grad(); }
+    static bool wanted(const at::TensorList& list) { return std::any_of(list.begin(), list.end(), [](const at::Tensor& t) { return t.requires_grad(); }); }
+    static bool wanted(const Lists& lists) { return std::any_of(lists.begin(), lists.end(), [](const auto& list) { return wanted(at::TensorList(list)); }); }
+    static bool wants_gradient(const Args&... args) { return at::GradMode::is_enabled() && (wanted(args) || ...); }
+    static bool one(const at::Tensor&) { return false; }
+    static bool one(at::TensorList list) { return list.size() == 1; }
+    static bool one(const Lists& lists) { return lists.size() == 1; }
+    static const Work& work_of(const Work& work) { return work; }
+    template <class T>
+    static const Work& work_of(const std::tuple<T, Work>& both) { return std::get<1>(both); }
+
+    template <class All>
+    bool before(Call& c, const All& all) const {
+        Measured what;
+        what.add(std::get<tensors>(all));
+        c.async = spec.p2p;
+        if constexpr (first<bool>() < sizeof...(Args)) c.async = std::get<first<bool>()>(all);
+        int64_t peer = -1;
+        if constexpr (first<int64_t>() < sizeof...(Args)) peer = spec.peer >= 0 ? std::get<first<int64_t>()>(all) : -1;
+        return opened(c, std::get<first<Group>()>(all), what, peer, one(std::get<tensors>(all)));
+    }
+};
+
+using Reduce = c10::intrusive_ptr<c10d::ReduceOp>;
+using Tensors = std::tuple<std::vector<at::Tensor>, Work>;
+using OneTensor = std::tuple<at::Tensor, Work>;
+
+template <size_t tensors, class Signature>
+void typed(torch::Library& library, const Spec& spec, const c10::OperatorHandle& op) { library.impl(spec.name, Typed<tensors, Signature>(spec, op)); }
+
+struct Usual {
+    const char* name;
+    void (*install)(torch::Library&, const Spec&, const c10::OperatorHandle&);
+};
+
+const Usual USUAL[] = {
+    {"allreduce_", typed<0, Tensors(at::TensorList, const Group&, const Reduce&, const std::optional<at::Tensor>&, bool, int64_t)>},
+    {"broadcast_", typed<0, Tensors(at::TensorList, const Group&, int64_t, int64_t, bool, int64_t)>},
+    {"_allgather_base_", typed<1, OneTensor(at::Tensor&, at::Tensor&, const Group&, bool, int64_t)>},
+    {"_reduce_scatter_base_", typed<1, OneTensor(at::Tensor&, at::Tensor&, const Group&, const Reduce&, bool, int64_t)>},
+    {"allgather_", typed<1, std::tuple<Lists, Work>(const Lists&, at::TensorList, const Group&, bool, int64_t)>},
+    {"reduce_scatter_", typed<1, Tensors(const at::TensorList&, const Lists&, const Group&, const Reduce&, bool, int64_t)>},
+    {"allreduce_coalesced_", typed<0, Work(at::TensorList, const Group&, const Reduce&, bool, int64_t)>},
+    {"allgather_into_tensor_coalesced_", typed<1, Work(at::TensorList, at::TensorList, const Group&, bool)>},
+    {"reduce_scatter_tensor_coalesced_", typed<1, Work(at::TensorList, at::TensorList, const Group&, const Reduce&, bool, int64_t)>},
+    {"send", typed<0, Work(at::TensorList, const Group&, int64_t, int64_t)>},
+    {"recv_", typed<0, Work(at::TensorList, const Group&, int64_t, int64_t)>},
 };
 
 class WaitTensor : public c10::OperatorKernel {
@@ -710,10 +865,23 @@ public:
 };
 
 std::unique_ptr<torch::Library> collectives, functional;
+std::vector<std::unique_ptr<torch::Library>> above;  // at the keys of autograd
+constexpr DispatchKey AUTOGRAD[] = {DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA};
+
+void install_typed(const Spec& spec, const c10::OperatorHandle& op) {
+    for (const Usual& u : USUAL) {
+        if (std::strcmp(u.name, spec.name) != 0) continue;
+        try {
+            for (auto& library : above) u.install(*library, spec, op);
+        } catch (const c10::Error&) {  // other types in this version
+        }
+    }
+}
 
 void install() {
     if (collectives) return;  // in a forked child, whose parent had it
     collectives = std::make_unique<torch::Library>(torch::Library::IMPL, "c10d", DispatchKey::BackendSelect, __FILE__, __LINE__);
+    for (DispatchKey key : AUTOGRAD) above.push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "c10d", key, __FILE__, __LINE__));
     for (Spec spec : SPECS) {
         auto op = c10::Dispatcher::singleton().findSchema({std::string("c10d::") + spec.name, ""});
         if (!op.has_value()) continue;
@@ -724,7 +892,8 @@ void install() {
             if (args[i].name() == "async_op") spec.async = int(i);
         }
         if (spec.group < 0) continue;
-        collectives->impl(spec.name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(spec)));
+        collectives->impl(spec.name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Boxed>(spec)));
+        install_typed(spec, *op);
     }
     if (c10::Dispatcher::singleton().findSchema({"_c10d_functional::wait_tensor", ""}).has_value()) {
         functional = std::make_unique<torch::Library>(torch::Library::IMPL, "_c10d_functional", DispatchKey::BackendSelect, __FILE__, __LINE__);
@@ -818,11 +987,12 @@ py::dict layout() {  // what tests compare with record.py
 PYBIND11_MODULE(CKPTD_MODULE, m) {
     m.def("use", &use, "Write the ring at this address from now on.");
     m.def("install", &install);
-    m.def("remove", [] { off.store(true); py::gil_scoped_release unlocked; collectives.reset(); functional.reset(); });
+    m.def("remove", [] { off.store(true); py::gil_scoped_release unlocked; above.clear(); collectives.reset(); functional.reset(); });
     m.def("set_off", [](bool value) { off.store(value); });
     m.def("is_off", [] { return off.load(); });
     m.def("mark", &mark);
     m.def("step", &step);
+    m.def("direct", [] { return direct.load(); });
     m.def("phase", &phase);
     m.def("records", [] { return load(ring.header->head); });
     m.def("error", [] { return __atomic_add_fetch(&ring.header->errors, 1, __ATOMIC_RELAXED); });

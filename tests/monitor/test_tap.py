@@ -366,6 +366,69 @@ def test_a_group_of_a_backend_that_says_nothing_of_itself(layer):
     assert with_tap(layer, work) == [record.OPS.index("all_reduce"), 12, [0]]
 
 
+def odd_calls() -> dict[str, object]:
+    """Operations whose tensors want gradients, or that something else looks at on their way: what comes of each."""
+    import warnings
+
+    import torch
+    import torch.distributed as dist
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    heard, passed = [], []
+
+    class Listens(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            passed.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def gradient(grad: bool) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught, torch.set_grad_enabled(grad):
+            warnings.simplefilter("always")
+            x = torch.ones(3, requires_grad=True)
+            y = x * 2
+            dist.all_reduce(y)
+            dist.broadcast(y.detach(), 0)
+            if grad:
+                y.sum().backward()
+        return sorted(str(w.message).split("This may lead")[0] for w in caught if "autograd kernel" in str(w.message))
+
+    heard += [gradient(True), gradient(False)]
+    with torch.inference_mode():
+        dist.all_reduce(torch.ones(3))
+    with Listens():
+        dist.all_reduce(torch.ones(3))
+    with torch.no_grad():
+        dist.all_gather([torch.empty(3)], torch.ones(3))
+    return {"warnings": heard, "passed": [p for p in passed if p.startswith("c10d")]}
+
+
+@pytest.mark.parametrize("layer", FULL)
+def test_gradients_and_modes_see_what_they_see_without_a_tap(layer):
+    """Operations are recorded once each, however they come; and torch warns of a backward pass through one as it does without us."""
+    bare = ranks(1, lambda _: bare_calls(), env={"CKPTD_TAP": "0"})[0]
+
+    def work(its):
+        before, direct = its.writer.records, its._layer.module.direct() if layer == "native" else 0
+        said = odd_calls()
+        ops = its.ring.read(0).records[before:]
+        names = [record.OPS[int(o)] for o in ops["op"][(ops["flags"] & record.MARK) == 0]]
+        return [said, names, its._layer.module.direct() - direct if layer == "native" else 0, int(its.ring.header["errors"][0])]
+
+    said, names, direct, errors = with_tap(layer, work)
+    assert said == bare
+    assert len(bare["warnings"][0]) >= 1 and bare["warnings"][1] == [] and len(bare["passed"]) == 1
+    assert names == ["all_reduce", "broadcast", "all_reduce", "broadcast", "all_reduce", "all_reduce", "all_gather"]
+    assert direct == (4 if layer == "native" else 0), "without a wish for gradients, and with nothing in between, the arguments are handed on as they are"
+    assert errors == 0
+
+
+def bare_calls() -> dict[str, object]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    return odd_calls()
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_forked_child_writes_nothing(layer):
     def work(its):
