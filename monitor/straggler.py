@@ -144,7 +144,7 @@ class Stragglers:
         self.wall_us = float(median(np.array(self._walls)))
         parts = own_parts(t.values)
         raw, scale = self._over_peers(parts, roles, t.values)
-        for compute in parts[:, COMPUTE] if self.count < self.settings.learn_steps else ():
+        for compute in () if self.own.any() else parts[:, COMPUTE]:
             self._usual(compute)
         k = np.arange(self.count, self.count + len(t)) % KEPT
         good = t.present & ~np.isnan(raw[:, COMPUTE])
