@@ -581,3 +581,31 @@ def test_steps_that_come_together_are_taken_as_those_that_come_one_by_one(seed):
     for key in (("slow", 1), ("comm",)):
         if wanted[key] and late <= 110:
             assert key in alone and together_[key] <= alone[key] + 32, key
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_who_is_quiet_at_first_glance_is_over_no_bound(seed):
+    """The look that costs little never passes over what the whole one would have seen."""
+    size = 3 + seed % 6
+    _, steps, _, _ = eventful(100 + seed, 160, size)
+    s, quiet, loud = Stragglers(size, Settings()), 0, 0
+    for j in steps:
+        s.add(together([j]), [np.arange(size)])
+        if s.count >= 20:
+            over = float(s._levels(s.count)[0].max())
+            glance = s._quiet(s.count)
+            assert not (glance and over >= 1.0)
+            quiet, loud = quiet + glance, loud + (over >= 1.0)
+        s.look()
+    print(f"seed {seed}: {quiet} of {s.count - 19} looks were done at first glance, in {loud} somebody was over a bound")
+    assert quiet + loud > 0
+
+
+def test_a_look_confirms_for_as_many_windows_as_it_has_new_steps_for():
+    """Steps that come by the dozen are looked at once: a rank that still is slow after four new ones is confirmed, as by two looks."""
+    v = book()
+    assert [t.state for t in v.window("steps", [Seen(("slow", 3), slow_finding())], 0.0, 0.0, windows=5)] == ["suspected"]
+    assert [t.state for t in v.window("steps", [Seen(("slow", 3), slow_finding())], 0.5, 0.0, windows=1)] == []
+    assert [t.state for t in v.window("steps", [Seen(("slow", 3), slow_finding())], 1.0, 0.0, windows=2)] == ["confirmed"]
+    v.window("steps", [], 1.5, 0.0, windows=9)
+    assert v.all()[0].state == "confirmed", "one look without it does not clear it, however many steps it had"
