@@ -33,7 +33,7 @@ from ckptd.monitor.ring import Group
 Array = np.ndarray[Any, Any]
 
 APART_US = 100_000
-"""Of shorter steps not every one is told and looked at, but those so far apart."""
+"""Of steps of less than half of this not every one is told and looked at, but those about so far apart."""
 EVERY_MAX = 64
 STRETCH_NS = 1 << 50
 """Thirteen days: no window of a ring holds more."""
@@ -105,13 +105,14 @@ class Samples:
 def between(samples: Sequence[Samples], begin_ns: Array, end_ns: Array, rank_of: Array) -> tuple[Array, Array]:
     """(cpu, delay) in microseconds of intervals of several ranks, each rank's in order; looks are joined by straight lines. `rank_of`: each interval's place in `samples`."""
     bounds = np.searchsorted(rank_of, np.arange(len(samples) + 1)).tolist()
+    base = min((s.at_ns[0] for s in samples if len(s.at_ns) > 1), default=0)
     at: list[int] = []
     cpu: list[int] = []
     delay: list[int] = []
     of: list[int] = []
     for i, s in enumerate(samples):
         if len(s.at_ns) < 2 or bounds[i] == bounds[i + 1]:
-            at, cpu, delay, of = [*at, 0], [*cpu, 0], [*delay, 0], [*of, 1]
+            at, cpu, delay, of = [*at, base], [*cpu, 0], [*delay, 0], [*of, 1]
             continue
         its = s.around(int(begin_ns[bounds[i]]), int(end_ns[bounds[i + 1] - 1]))
         at += s.at_ns[its]
@@ -119,10 +120,10 @@ def between(samples: Sequence[Samples], begin_ns: Array, end_ns: Array, rank_of:
         delay += s.delay_ns[its]
         of.append(len(s.at_ns[its]))
     ends = np.cumsum(of)
-    looks, owner = np.array(at, np.int64), np.repeat(np.arange(len(samples)), of)
-    line = _apart(looks, owner, int(looks.min()))
+    owner = np.repeat(np.arange(len(samples)), of)
+    line = _apart(np.array(at, np.int64), owner, base)
     first, last = line[ends - of][rank_of], line[ends - 1][rank_of]  # before and after the looks nothing is known to have been spent
-    begin, end = (np.clip(_apart(t, rank_of, int(looks.min())), first, last) for t in (begin_ns, end_ns))
+    begin, end = (np.clip(_apart(t, rank_of, base), first, last) for t in (begin_ns, end_ns))
     n, times = len(begin), np.concatenate([begin, end])
     both = []
     for values in (cpu, delay):

@@ -153,16 +153,17 @@ def test_samples_of_several_ranks_are_each_ranks_own(seed):
     """Steps before the first look, after the last, and longer than many looks; ranks of which there are none."""
     rng = np.random.default_rng(seed)
     ranks, begin, end, rank_of, wanted = [], [], [], [], []
+    up = int(rng.choice([10**12, 10**15, 10**16]))  # a clock that has run for a quarter of an hour, for 12 days, for four months
     for r in range(int(rng.integers(1, 9))):
         s = Samples()
-        looks = np.sort(rng.integers(10**15, 10**15 + 10**10, int(rng.integers(0, 30))))
+        looks = np.sort(rng.integers(up, up + 10**10, int(rng.integers(0, 30))))
         spent = np.cumsum(rng.integers(0, 10**8, (2, len(looks))), axis=1) + 10**12
         for row in zip(looks.tolist(), *spent.tolist(), strict=True):
             s.add(*row)
-        times = np.sort(rng.integers(10**15 - 10**9, 10**15 + 11 * 10**9, int(rng.integers(2, 20))))
+        times = np.sort(rng.integers(up - 10**9, up + 11 * 10**9, int(rng.integers(2, 20))))
         ranks.append(s)
         begin, end, rank_of = [*begin, *times[:-1]], [*end, *times[1:]], [*rank_of, *[r] * (len(times) - 1)]
-        base = 10**15 - 10**9
+        base = up - 10**9
         its = [np.diff(np.interp(times - base, looks - base, v - v[0])) / 1000 if len(looks) > 1 else np.zeros(len(times) - 1) for v in spent]
         wanted.append(np.array(its))
     found = between(ranks, np.array(begin), np.array(end), np.array(rank_of))
