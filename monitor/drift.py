@@ -65,14 +65,14 @@ class Pace:
         return self._look(WINDOW, self.settings.global_slow) or self._look(FAST, max(FAST_SLOW, self.settings.global_slow))
 
     def _look(self, window: int, least: float) -> Finding | None:
-        n = min(self.count - self.begun, KEPT)
-        if n < PAST_MIN // 2 + window:
+        n, size = min(self.count - self.begun, KEPT), min(20, window)
+        if n < max(PAST_MIN // 2, 3 * size) + window:
             return None
         at = np.arange(self.count - n, self.count) % KEPT
         past, now = self.log[at[:-window]], self.log[at[-window:]]
         before = float(median(past)) if not self.level_us else float(np.log(self.level_us))
         shift, least = float(median(now)) - before, float(np.log1p(least))
-        bound = max(least, 6.0 * self._noise(past, min(20, window))) if shift >= least / 2 else least
+        bound = max(least, 6.0 * self._noise(past, size)) if shift >= least / 2 else least
         if shift < bound or float(np.mean(now > before + 0.5 * bound)) < 0.9:
             if shift < bound / 2 and window == WINDOW:
                 self.level_us = 0.0
@@ -88,10 +88,8 @@ class Pace:
 
     @staticmethod
     def _noise(past: Array, size: int) -> float:
-        """How far medians of so many steps stray; without end where there is too little to say."""
+        """How far medians of so many steps stray."""
         blocks = past[len(past) % size :].reshape(-1, size)
-        if len(blocks) < 3:
-            return float("inf")
         middle = float(median(past))
         spread = 1.4826 * float(median(np.abs(past - middle)))
         return max(1.4826 * float(median(np.abs(median(blocks, axis=1) - middle))), 1.25 * spread / float(np.sqrt(size)))
