@@ -77,7 +77,7 @@ class Watch:
     # --- one step ---
 
     def take(self, steps: Sequence[Joined]) -> Iterator[tuple[list[Seen], int]]:
-        """Fills the windows. Yields what they show, whenever there are so many new steps or these are the last, and how many pairs of new steps they have."""
+        """Fills the windows. Yields what they show when these steps are in them (of very many: now and then), and how many pairs of steps are new; nothing where none is."""
         for i in range(0, len(steps), TOGETHER_MAX):
             self._add(steps[i : i + TOGETHER_MAX])
             pairs, self.since_look = divmod(self.since_look, EVERY_STEPS)
@@ -87,14 +87,16 @@ class Watch:
     def _add(self, steps: Sequence[Joined]) -> None:
         self.step = steps[-1].step
         every = stride(self.stragglers.wall_us) if self.stragglers.wall_us else 1
-        steps = [j for j in steps if j.step % every == 0]  # others were told before their node knew how short steps are
-        t = together(steps) if steps else None
-        if t is None:
+        at = [i for i, j in enumerate(steps) if j.step % every == 0]  # others were told before their node knew how short steps are
+        seen = self.steps_seen + 1 + np.array(at, np.int64)
+        self.steps_seen += len(steps)
+        if not at:
             return
+        t = together([steps[i] for i in at])
         for row in t.values if np.isnan(t.values).any() else t.values[-1:]:
             self.values = np.where(np.isnan(row), self.values, row)
         self._pauses(t)
-        t = t.only(~self._left_out(t) & (t.wall_us > 0.0))
+        t = t.only(~self._left_out(t, seen) & (t.wall_us > 0.0))
         if len(self.roll.members) != self._known_groups:
             self._known_groups = len(self.roll.members)
             self.roles.learn(self.roll.members)
@@ -126,23 +128,21 @@ class Watch:
             if longest[signal] > 0.0:
                 self.patience.phase(kind, longest[signal] / 1e6)
 
-    def _left_out(self, t: Together) -> Array:
-        """Which of these steps say nothing about speed: warm-up, phases, and the step after one."""
+    def _left_out(self, t: Together, seen: Array) -> Array:
+        """Which of these steps (the how-manieth that were `seen`) say nothing about speed: warm-up, phases, and the step after one."""
         busy, saves = known(t.values[:, EVAL] + t.values[:, COMPILE]), known(t.values[:, CHECKPOINT])
-        seen = self.steps_seen + 1 + np.arange(len(t))
-        self.steps_seen += len(t)
-        warm = seen > self.settings.warmup_steps
-        if not (self._after_phase or self._saving.any() or busy.any() or saves.any()):
-            return ~warm
-        out = [self._phase(*step) for step in zip(busy[warm], saves[warm], t.wall_us[warm].tolist(), seen[warm].tolist(), strict=True)]
-        left = ~warm
-        left[warm] = out
+        left = seen <= self.settings.warmup_steps
+        if self._after_phase or self._saving.any() or busy.any() or saves.any():
+            count = self.stragglers.count
+            for i in np.flatnonzero(~left).tolist():
+                left[i] = self._phase(busy[i], saves[i], float(t.wall_us[i]), int(seen[i]), first=count == 0)
+                count += not left[i]
         return left
 
-    def _phase(self, busy: Array, saves_us: Array, wall_us: float, seen: int) -> bool:
+    def _phase(self, busy: Array, saves_us: Array, wall_us: float, seen: int, *, first: bool) -> bool:
         wall = self.stragglers.wall_us or wall_us
         saving = saves_us - self._saving
-        saves = bool((saving > SAVING * wall).any()) and self.stragglers.count > 0
+        saves = bool((saving > SAVING * wall).any()) and not first
         if saves and not self._after_phase:
             self._saves = [*self._saves, saving][-SAVES_KEPT:]
         else:
