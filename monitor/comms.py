@@ -80,9 +80,10 @@ class Transfers:
             self._early += zip(t.transfer, t.bytes, strict=True)
             self._first()
         else:
-            spent = np.where(t.bytes > 1.02 * self.base_bytes, t.transfer * self.base_bytes / np.maximum(t.bytes, 1.0), t.transfer)
+            more = (t.bytes > 1.02 * self.base_bytes) & (self.base_bytes > 0)
+            spent = np.where(more, t.transfer * self.base_bytes / np.maximum(t.bytes, 1.0), t.transfer)
             told = ~np.isnan(spent)
-            over = known(spent - self.base)
+            over = np.where(self.n < self.settings.learn_steps, 0.0, known(spent - self.base))  # a group that came later is learned first
             bound = np.maximum((self.settings.comm_ratio - 1.0) * self.base, 3.0 * self.spread)
             self.over[k], self.hits[k] = over, (over > bound) & (self.n > 0)
             self._learn(known(spent), t.bytes, ~self.hot & ~self.hits[k] & told)
@@ -240,6 +241,9 @@ def _shape(burning: set[tuple[int, int]], over: Mapping[tuple[int, int], float])
         elif sends >= SIDED * receives:
             columns.remove(n)
     both = [n for n in rows if n in columns]
+    if rows and columns and not both:  # one node's slow side is seen at others' other sides: the slower one it is
+        sends, receives = (max(float(np.median([x for pair, x in over.items() if pair[end] == n])) for n in found) for end, found in ((0, rows), (1, columns)))
+        rows, columns = (rows, []) if sends >= receives else ([], columns)
     top = sorted(burning, key=lambda p: -over[p])
     evidence = tuple(Evidence(signal=f"node {a} to node {b}", value=round(over[a, b], 2), unit="times as long") for a, b in top[:6])
     a, b = top[0]
