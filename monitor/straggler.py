@@ -144,7 +144,7 @@ class Stragglers:
         self.wall_us = float(median(np.array(self._walls)))
         parts = own_parts(t.values)
         raw, scale = self._over_peers(parts, roles, t.values)
-        for compute in () if self.own.any() else parts[:, COMPUTE]:
+        for compute in () if self.own.all() else parts[:, COMPUTE]:
             self._usual(compute)
         k = np.arange(self.count, self.count + len(t)) % KEPT
         good = t.present & ~np.isnan(raw[:, COMPUTE])
@@ -165,11 +165,13 @@ class Stragglers:
 
     def _usual(self, compute: Array) -> None:
         """What ranks without peers are compared with."""
-        if self.own.any():
-            return
-        self._first.append(compute)
-        if len(self._first) >= self.settings.learn_steps:
-            self.own = known(median(np.array(self._first), axis=0))
+        least = self.settings.learn_steps
+        self._first = [*self._first, compute][-4 * least :]
+        rows = np.array(self._first)
+        fresh = (self.own == 0.0) & ((rows > 0.0).sum(axis=0) >= least)
+        if fresh.any():
+            self.own[fresh] = median(rows[:, fresh], axis=0)
+        if self.own.all():
             self._first = []
 
     def _over_peers(self, parts: Array, roles: list[Array], v: Array) -> tuple[Array, Array]:
@@ -179,7 +181,6 @@ class Stragglers:
         if self.count < self.settings.learn_steps:
             self.device = bool(median(device.ravel()) > 0)
         scale = np.ones(device.shape) if self.device else np.zeros(device.shape)
-        learned = bool(self.own.any())
         everybody, common = None, np.ones((len(v), 1))
         for ranks in roles:
             mine = parts[:, :, ranks]
@@ -192,7 +193,7 @@ class Stragglers:
                 continue
             usual = self.own[ranks] * common if alone else center[:, COMPUTE]
             scale[:, ranks] = usual
-            raw[:, COMPUTE, ranks] = mine[:, COMPUTE] / np.maximum(usual, 1.0) - 1.0 if learned or not alone else 0.0 * mine[:, COMPUTE]
+            raw[:, COMPUTE, ranks] = np.where(usual > 0.0, mine[:, COMPUTE] / np.maximum(usual, 1.0) - 1.0, 0.0 * mine[:, COMPUTE])
         if self.device:
             raw[:, COMPUTE] = self._by_device(device, roles) - np.maximum(known(raw[:, 1:]), 0.0).sum(axis=1)
         return raw, known(scale)
@@ -208,9 +209,8 @@ class Stragglers:
 
     def _common(self, compute: Array) -> Array:
         """How much longer all ranks computed in each step than they usually do."""
-        if not self.own.any():
-            return np.ones((len(compute), 1))
-        return np.asarray(median(compute / np.maximum(self.own, 1.0))[:, None])
+        known = self.own > 0.0
+        return np.asarray(median(compute[:, known] / self.own[known])[:, None]) if known.any() else np.ones((len(compute), 1))
 
     # --- learning what is usual ---
 
