@@ -576,7 +576,7 @@ class Watcher:
         """Of Python first, which does not stop the process. Native frames do, for seconds where its symbols are many: only of one that has not moved for long."""
         from ckptd.monitor import stacks
 
-        head = r.head
+        moved_s = r.moved_s
         text, how = await self._daemon.in_store_pool(lambda: stacks.of(r.pid, native=False))
         kernel = stacks.kernel(r.pid)
         if text or kernel:
@@ -587,7 +587,7 @@ class Watcher:
             self._asked[self._numbers] = (job.name, r.rank, "stacks", 0, time.monotonic() + ANSWER_S)
             r.client.channel.send(wire.StacksAsked(ask=self._numbers))
         await asyncio.sleep(NATIVE_AFTER_S)
-        if text and not r.gone and r.head == head:
+        if text and not r.gone and r.moved_s == moved_s:
             text, how = await self._daemon.in_store_pool(lambda: stacks.of(r.pid))
             job.stacks.append(report.Stack(r.rank, text[: 16 << 10], how))
 
@@ -605,7 +605,8 @@ class Watcher:
             rate = await probing.transfer(self._daemon.peers, job.name, ask.other)
         job.probed.append(report.Probed(ask.id, "transfer", here, rate, other=ask.other, baseline=self._baselines.of("transfer", address)))
         self._baselines.learn("transfer", address, rate, time.time())  # the best of what was seen stays
-        self._send(job)  # at once: the next round of pairs waits for it
+        if self.jobs.get(job.name) is job:  # else it began anew meanwhile
+            self._send(job)  # at once: the next round of pairs waits for it
 
     def feels(self, found: report.Health) -> None:
         """The node's health, for all its jobs."""
