@@ -235,14 +235,14 @@ def _shape(burning: set[tuple[int, int]], over: Mapping[tuple[int, int], float])
     rows = [n for n in nodes if _most(n, 0, burning, over)]
     columns = [n for n in nodes if _most(n, 1, burning, over)]
     for n in {*rows} & {*columns}:
-        sends, receives = (float(np.median([x for pair, x in over.items() if pair[end] == n])) for end in (0, 1))
+        sends, receives = _middle(n, 0, over), _middle(n, 1, over)
         if receives >= SIDED * sends:
             rows.remove(n)
         elif sends >= SIDED * receives:
             columns.remove(n)
     both = [n for n in rows if n in columns]
     if rows and columns and not both:  # one node's slow side is seen at others' other sides: the slower one it is
-        sends, receives = (max(float(np.median([x for pair, x in over.items() if pair[end] == n])) for n in found) for end, found in ((0, rows), (1, columns)))
+        sends, receives = max(_middle(n, 0, over) for n in rows), max(_middle(n, 1, over) for n in columns)
         rows, columns = (rows, []) if sends >= receives else ([], columns)
     top = sorted(burning, key=lambda p: -over[p])
     evidence = tuple(Evidence(signal=f"node {a} to node {b}", value=round(over[a, b], 2), unit="times as long") for a, b in top[:6])
@@ -257,6 +257,11 @@ def _shape(burning: set[tuple[int, int]], over: Mapping[tuple[int, int], float])
         if holds:
             return Place(kind, tuple(found), peer, cause, evidence)
     return None
+
+
+def _middle(node: int, end: int, over: Mapping[tuple[int, int], float]) -> float:
+    """How much longer a node's pairs take, with it at this end (0: it sends)."""
+    return float(np.median([x for pair, x in over.items() if pair[end] == node]))
 
 
 def _most(node: int, end: int, burning: set[tuple[int, int]], over: Mapping[tuple[int, int], float]) -> bool:
