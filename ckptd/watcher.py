@@ -33,7 +33,7 @@ import msgspec
 
 from ckptd.core import node, wire
 from ckptd.errors import BadArgument, CkptdError
-from ckptd.monitor import probes, record, recorded, report
+from ckptd.monitor import probes, record, recorded, report, schedstat
 from ckptd.monitor.engine import Ask, Concluded, Engine, Past
 from ckptd.monitor.engine import Settings as EngineSettings
 from ckptd.monitor.ring import Group, Ring
@@ -324,10 +324,9 @@ class Watcher:
         with contextlib.suppress(OSError, ValueError):
             fd = os.open(f"/proc/{r.pid}/task/{r.ring.word('thread') or r.pid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                text = os.read(fd, 256).split()
+                r.steps.samples.add(time.monotonic_ns(), *schedstat.read(fd))
             finally:
                 os.close(fd)
-            r.steps.samples.add(time.monotonic_ns(), int(text[0]), int(text[1]))
 
     @staticmethod
     def _idle_ms(r: Rank, now_s: float) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.optim import optimizer as optim
 
-from ckptd.monitor import record
+from ckptd.monitor import record, schedstat
 from ckptd.monitor.tap_writer import Writer
 
 STEP_MIN_NS = 1_000_000
@@ -53,6 +53,7 @@ class Marks:
         self._inside = threading.local()
         self._norm: Any = None
         self._thread = 0
+        self._spent = schedstat.Spent()
 
     def install(self) -> None:
         """Hook everything that is there."""
@@ -68,6 +69,7 @@ class Marks:
             with contextlib.suppress(Exception):
                 undo()
         self._remove.clear()
+        self._spent.close()
 
     # --- steps --------------------------------------------------------------------------------------------------------------
 
@@ -78,7 +80,7 @@ class Marks:
         if number is not None:
             self.numbered = True
         self._look_at_norm()
-        self.writer.step(number)
+        self.writer.step(number, *self._spent.take())
         if not self._thread:
             self._thread = threading.get_native_id()
             self.writer.thread(self._thread)

@@ -916,20 +916,22 @@ void use(uintptr_t address, uint64_t capacity) {
 
 // --- marks ------------------------------------------------------------------------------------------------------------------
 
-void mark(uint8_t kind, uint64_t began, uint64_t ended_at, uint64_t value, uint8_t flags) {
+void put_mark(uint8_t kind, uint64_t began, uint64_t ended_at, uint64_t value, uint8_t flags, uint32_t waited_us = 0, uint32_t inside_us = 0) {
     if (off.load(std::memory_order_relaxed)) return;
     uint64_t i;
     ckptd_ring_record* r = claim(i);
     store(r->entered_ns, began), store(r->returned_ns, ended_at), store(r->ended_ns, ended_at), store(r->bytes, value), store(r->seq, 0);
     store(r->step, load(ring.header->step) + 1), store(r->group, CKPTD_NO_GROUP), store(r->op, kind), store(r->dtype, 0);
-    store(r->flags, CKPTD_MARK | flags), store(r->peer, -1), store(r->waited_us, 0), store(r->inside_us, 0);
+    store(r->flags, CKPTD_MARK | flags), store(r->peer, -1), store(r->waited_us, waited_us), store(r->inside_us, inside_us);
     __atomic_store_n(&r->commit, i + 1, __ATOMIC_RELEASE);
 }
 
-void step(int64_t number) {
+void mark(uint8_t kind, uint64_t began, uint64_t ended_at, uint64_t value, uint8_t flags) { put_mark(kind, began, ended_at, value, flags); }
+
+void step(int64_t number, uint32_t cpu_us, uint32_t delay_us) {
     if (off.load(std::memory_order_relaxed)) return;
     uint64_t now = now_ns();
-    mark(CKPTD_STEP, now, now, number < 0 ? 0 : uint64_t(number), number < 0 ? 0 : 1);
+    put_mark(CKPTD_STEP, now, now, number < 0 ? 0 : uint64_t(number), number < 0 ? 0 : 1, delay_us, cpu_us);
     store(ring.header->step, number < 0 ? load(ring.header->step) + 1 : uint64_t(number));
 }
 

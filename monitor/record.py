@@ -103,8 +103,8 @@ RECORD = np.dtype(
         ("dtype", "u1"),
         ("flags", "u1"),
         ("peer", "<i4"),
-        ("waited_us", "<u4"),  # the host stood in waits for it
-        ("inside_us", "<u4"),  # on the device, from its turn in the stream to its end; 0: not timed
+        ("waited_us", "<u4"),  # the host stood in waits for it; of a STEP: its thread waited for a processor since the last STEP
+        ("inside_us", "<u4"),  # on the device, from its turn in the stream to its end; 0: not timed. Of a STEP: its thread used a processor; 0: not known
     ]
 )
 

@@ -272,7 +272,7 @@ def summarize(batches: Sequence[Batch]) -> list[list[Done]]:
     rank_of = np.repeat(np.arange(len(batches)), np.diff(steps))
     ended_ns = records["entered_ns"][places].astype(np.int64)
     began_ns, numbers, bad = (np.concatenate([getattr(b, name) for b in batches]) for name in ("began_ns", "numbers", "bad"))
-    cpu_us, delay_us = between([b.of.samples for b in batches], began_ns, ended_ns, rank_of)
+    cpu_us, delay_us = _processor(batches, records[places], began_ns, ended_ns, rank_of)
     marks = (records["flags"] & record.MARK) != 0
     step_of = np.searchsorted(places, np.arange(len(records)))  # a mark belongs to the step that it ends
     at = np.flatnonzero(~marks)
@@ -294,6 +294,16 @@ def summarize(batches: Sequence[Batch]) -> list[list[Done]]:
         cpu_us.tolist(), device_us.tolist(), op_count.tolist(), (bad & 0xFF).tolist(), program.tolist(), tables, timed, strict=True,
     )]  # fmt: skip
     return [_done(b.of, rows[i:j]) for b, (i, j) in zip(batches, spans, strict=True)]
+
+
+def _processor(batches: Sequence[Batch], ends: Array, began_ns: Array, ended_ns: Array, rank_of: Array) -> tuple[Array, Array]:
+    """(on a processor, waiting for one) in microseconds of each step, as its end says (`record.py`), or as looks from outside have it."""
+    cpu_us, delay_us = ends["inside_us"].astype(np.int64), ends["waited_us"].astype(np.int64)
+    told = cpu_us > 0
+    if told.all():
+        return cpu_us, delay_us
+    cpu, delay = between([b.of.samples for b in batches], began_ns, ended_ns, rank_of)
+    return np.where(told, cpu_us, cpu), np.where(told, delay_us, delay)
 
 
 def _done(of: Summarizer, rows: Sequence[tuple[Any, ...]]) -> list[Done]:

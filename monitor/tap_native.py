@@ -56,9 +56,9 @@ class NativeWriter:
         """An interval of the step's life."""
         self.module.mark(kind, began_ns, ended_ns, value, flags)
 
-    def step(self, number: int | None) -> None:
-        """A step ended."""
-        self.module.step(-1 if number is None else number)
+    def step(self, number: int | None, cpu_us: int = 0, delay_us: int = 0) -> None:
+        """A step ended, in which the thread used a processor, and waited for one, for so long (0 and 0: not known)."""
+        self.module.step(-1 if number is None else number, cpu_us, delay_us)
 
     def phase(self, kind: int, since_ns: int | None) -> None:
         """An interval of this kind is open since then; None: no more."""

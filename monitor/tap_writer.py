@@ -180,7 +180,7 @@ class Writer:
 
     # --- marks --------------------------------------------------------------------------------------------------------------
 
-    def mark(self, kind: int, began_ns: int, ended_ns: int, value: int = 0, flags: int = 0) -> None:
+    def mark(self, kind: int, began_ns: int, ended_ns: int, value: int = 0, flags: int = 0, waited_us: int = 0, inside_us: int = 0) -> None:
         """An interval of the step's life, or a moment (both times equal)."""
         if self.off:
             return
@@ -193,17 +193,17 @@ class Writer:
             step = (q[_STEP] + 1) & 0xFFFFFFFF
             flags |= record.MARK
             _AFTER_COMMIT.pack_into(
-                self._bytes, at * 8 + 8, began_ns, ended_ns, ended_ns, value, 0, step, record.NO_GROUP, kind, 0, flags, -1, 0, 0
+                self._bytes, at * 8 + 8, began_ns, ended_ns, ended_ns, value, 0, step, record.NO_GROUP, kind, 0, flags, -1, waited_us, inside_us
             )
             q[at] = i + 1
 
-    def step(self, number: int | None) -> None:
-        """A step ended: a STEP mark, and the header's count, or its number where the session gives one."""
+    def step(self, number: int | None, cpu_us: int = 0, delay_us: int = 0) -> None:
+        """A step ended: a STEP mark, and the header's count, or its number where the session gives one. `cpu_us`, `delay_us`: as `Processor.spent` has them."""
         if self.off:
             return
         now = monotonic_ns()
         with self.lock:
-            self.mark(record.STEP, now, now, 0 if number is None else number, 0 if number is None else record.NUMBERED)
+            self.mark(record.STEP, now, now, 0 if number is None else number, 0 if number is None else record.NUMBERED, delay_us, cpu_us)
             self._q[_STEP] = self._q[_STEP] + 1 if number is None else number
 
     def phase(self, kind: int, since_ns: int | None) -> None:
