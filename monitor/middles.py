@@ -33,6 +33,8 @@ MEDIAN_OF_SQUARE = 0.455
 """Of a normal value, as a part of its variance."""
 OWN = 5
 """So many blocks of a rank say something of their variance."""
+FEW = 16.0
+"""So many ranks teach of memory what one rank would need as many blocks for; of few, what all started with counts for longer."""
 MEMORY_MAX = 9.0
 
 
@@ -70,7 +72,7 @@ class Middles:
             off = self._blocks[self._learned % KEPT] - self.base
             alone = np.maximum(self._alone(), 1e-12)
             now = float(median(off**2 / alone)) / MEDIAN_OF_SQUARE
-            self.memory += (min(now, MEMORY_MAX) - self.memory) / min(self._learned + 1.0, 20.0)
+            self.memory += (min(now, MEMORY_MAX) - self.memory) / min(self._learned + 1.0 + FEW / self.size, 20.0)
             self.n += ~flagged
             weight = np.where(flagged, 0.0, 1.0 / np.clip(self.n, 1.0, 50.0))
             self.own_var += weight * (off**2 - self.own_var)

@@ -7,7 +7,8 @@ with what the whole job did meanwhile. On a device the host's times say little: 
 filled with (the others' time in collectives) - (its own).
 
 A rank is found if it exceeds its past in 8 of the last 10 steps and their middle (the mean, steps far from the median clipped) is over max(5 % of a step, 5 standard
-errors); or if the mean of the last 20, 40 or 80 steps is over max(2 %, 4.5 standard errors), for as long as 14 steps more. Standard errors are learned from blocks of 10
+errors); or if the mean of the last 20, 40 or 80 steps is over max(2 %, 4.5 standard errors), for as long as 14 steps more: in all that it does, or in its computing
+alone, which is quieter where ranks contend for processors (what each waited for one, the end of its step says exactly). Standard errors are learned from blocks of 10
 steps, so that noise with a memory counts as what it is, and so that a rank that has become slow does not hide in it: those of means from how far a block lies from the
 block before, those of middles from the scatter within blocks, and from blocks that lie behind. What was so from the start is the baseline, the job's own unevenness;
 where it is large, `lasting.py` says so.
@@ -49,12 +50,16 @@ TOGETHER_MAX = 24
 """So many steps may come at once: KEPT less LAG, and a few."""
 SHARE = 0.5
 """Of a rank's excess: the part that is its cause."""
+FELT = 0.5
+"""Of the smallest cost that is named: who computes longer, and waits for a processor so much less that it costs less than this, holds nobody up."""
 BESIDE = 0.4
 """A rank whose excess is less than this part of the largest one is not named beside it: disturbed, not disturbing."""
 ROLE_MIN = 3
 CLIP = 0.15
 AGAIN = 14
 """What a long window shows is believed if it still shows it with so many new steps in it."""
+FAR = 2.5
+"""Standard deviations: what lies farther from the block before is no noise, but something that began."""
 NOISIER = 9.0
 """No rank's variance counts as more than so many times what is usual among all: else a fault could hide in what it adds to it."""
 RUN = 4
@@ -104,10 +109,11 @@ class Stragglers:
         self.base = np.zeros((len(PARTS), r))
         self.base_n = np.zeros(r)
         self.block_var = np.zeros((2, r))
-        """By series (all of a rank's excess; its compute alone, which is quieter) and rank: of means of 10 steps."""
+        """By series (all of a rank's excess; its compute alone) and rank: of means of 10 steps."""
         self.blocks = 0
         self.step_var = np.zeros((2, r))
-        self.middles = Middles(r)
+        self.middles = Middles(r), Middles(r)
+        """By series."""
         self.wide_var = np.zeros(2)
         """Of means of 40 steps, all ranks pooled: noise with a long memory."""
         self.wall_us = 0.0
@@ -257,7 +263,8 @@ class Stragglers:
             spread = 1.4826 * median(np.abs(np.stack([self.total[:n], self.excess[:n, COMPUTE]])), axis=1) / max(self.wall_us, 1.0)
             self.step_var = np.maximum(spread, median(spread, axis=1)[:, None]) ** 2
             self.block_var = self.step_var / 10.0
-            self.middles.begin(self.total[:n] / max(self.wall_us, 1.0), self.step_var[0].copy())
+            for middles, rows, var in zip(self.middles, (self.total, self.excess[:, COMPUTE]), self.step_var, strict=True):
+                middles.begin(rows[:n] / max(self.wall_us, 1.0), var.copy())
 
     def _noise(self, count: int) -> None:
         """One more block of 10, of so many steps. How far its mean lies from the last one's is a sample of the variance of such means: a rank that has become slow changes
@@ -266,15 +273,14 @@ class Stragglers:
         means = rows.mean(axis=1)
         self.blocks += 1
         change = (means - self._last[0]) / np.sqrt(2.0)
-        far = 4.0 if self.blocks <= 6 else 2.5  # later, what a rank does more and more often is not its noise
-        usual = np.abs(change) < far * np.sqrt(np.maximum(self.block_var, self.step_var / 10.0)) + 1e-9
+        usual = np.abs(change) < FAR * np.sqrt(np.maximum(self.block_var, self.step_var / 10.0)) + 1e-9
         weight = np.where(self.flagged | ~usual, 0.02 * usual, 1.0 / min(self.blocks + 2.0, 50.0))
         if self.blocks > 1:
             self.block_var += weight * (change**2 - self.block_var)
         self._last[0] = means
         self.step_var += weight * (rows.var(axis=1) - self.step_var)
-        blocks = self._clipped(BLOCK * min(count // BLOCK, SPREAD), count)[0]
-        self.middles.add(blocks, count, self.learned, self.flagged)
+        for middles, blocks in zip(self.middles, self._clipped(BLOCK * min(count // BLOCK, SPREAD), count), strict=True):
+            middles.add(blocks, count, self.learned, self.flagged)
         if count % 40 == 0 and count >= 80:
             means = self._clipped(40, count).mean(axis=1)
             known = count > EARLY  # before, what the baseline does not know yet would count as noise
@@ -288,9 +294,8 @@ class Stragglers:
         """Series x the last w steps (of so many) x ranks, parts of a step, spikes clipped."""
         back = 0 if count is None else self.count - count
         if self._recent is None:
-            at = np.arange(self.count - min(self.count, WINDOWS[-1] + back), self.count) % KEPT
             wide = np.maximum(CLIP, 4.0 * np.sqrt(self.step_var))[:, None]
-            self._recent = np.clip(np.stack([self.total[at], self.excess[at, COMPUTE]]) / max(self.wall_us, 1.0), -wide, wide)
+            self._recent = np.clip(self._series(min(self.count, WINDOWS[-1] + back)), -wide, wide)
         end = self._recent.shape[1] - back
         return np.asarray(self._recent[:, max(0, end - w) : end])
 
@@ -347,10 +352,18 @@ class Stragglers:
         """Whether nobody can be over a bound, whatever the noise is: so it mostly is, and is seen at little cost."""
         if self.flagged.any() or self.runs.any():
             return False
-        last = self.total[np.arange(n - 10, n) % KEPT] / self.wall_us - self.middles.base
-        if ((last > 0.5 * self.settings.slow).sum(axis=0) >= STEADY).any():
+        if ((self._last_ten() > 0.5 * self.settings.slow).sum(axis=1) >= STEADY).any():
             return False
         return all(float(self._mean(w).max()) < self.settings.slow_long for w in self._windows(n))
+
+    def _last_ten(self) -> Array:
+        """Series x 10 steps x ranks, parts of a step, over the short window's baselines."""
+        return self._series(10) - np.stack([m.base for m in self.middles])[:, None]
+
+    def _series(self, w: int) -> Array:
+        """Series x the last w steps x ranks, parts of a step."""
+        at = np.arange(self.count - w, self.count) % KEPT
+        return np.stack([self.total[at], self.excess[at, COMPUTE]]) / max(self.wall_us, 1.0)
 
     def _windows(self, n: int) -> list[int]:
         """The long windows of which there are enough steps."""
@@ -358,15 +371,14 @@ class Stragglers:
 
     def _levels(self, n: int) -> tuple[Array, Array, Array]:
         """(largest ratio to its threshold over the windows, which window, whether the short one shows it by itself) of each rank."""
-        s, unit = self.settings, self.wall_us
-        at = np.arange(n - 10, n) % KEPT
-        last = self.total[at] / unit - self.middles.base
-        enough = self.good[at].sum(axis=0) >= 8
-        middle = self.middles.of(last)
-        among = 1.4826 * float(median(np.abs(middle - median(middle)))) if self.size >= 8 else 0.0
-        bound = np.maximum(s.slow, s.sigma_short * np.maximum(self.middles.error(), among))
-        steady = (last > 0.5 * bound).sum(axis=0) >= STEADY
-        best = np.where(steady & enough, middle / bound, 0.0)
+        s = self.settings
+        enough = self.good[np.arange(n - 10, n) % KEPT].sum(axis=0) >= 8
+        last = self._last_ten()
+        middle = np.stack([m.of(rows) for m, rows in zip(self.middles, last, strict=True)])
+        among = 1.4826 * median(np.abs(middle - median(middle)[:, None]))[:, None] if self.size >= 8 else 0.0
+        bound = np.maximum(s.slow, s.sigma_short * np.maximum(np.stack([m.error() for m in self.middles]), among))
+        steady = (last > 0.5 * bound[:, None]).sum(axis=1) >= STEADY
+        best = np.where(steady & enough & (middle[0] > FELT * s.slow), middle / bound, 0.0).max(axis=0)
         window, short = np.full(self.size, 10), best >= 1.0
         if windows := self._windows(n):
             means = np.stack([self._mean(w) for w in windows])
@@ -374,8 +386,9 @@ class Stragglers:
             limits = np.maximum(np.maximum(s.slow_long, s.sigma_long * self._standard_errors(windows)), 4.5 * spread)
             limits[0] *= 1.15  # the shortest of them is looked at most often, in proportion to its length
             good = self.good[np.arange(n - windows[-1], n) % KEPT]
-            for w, ratios in zip(windows, (means / limits).max(axis=1), strict=True):
-                ratio = np.where(good[-w:].sum(axis=0) >= 0.8 * w, ratios, 0.0)
+            ratios = np.where(means[:, :1] > FELT * s.slow_long, means / limits, 0.0).max(axis=1)
+            for w, its in zip(windows, ratios, strict=True):
+                ratio = np.where(good[-w:].sum(axis=0) >= 0.8 * w, its, 0.0)
                 window = np.where(ratio > best, w, window)
                 best = np.maximum(best, ratio)
         often = np.where(self.episodes >= EPISODES - 0.6, self.episodes / (EPISODES - 0.6), 0.0)
