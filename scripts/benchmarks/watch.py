@@ -64,7 +64,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     p.add_argument("--sim", action="store_true", help="simulated jobs")
     p.add_argument("--real", action="store_true", help="real jobs under torchrun")
     p.add_argument("--overhead", action="store_true", help="what watching costs")
-    p.add_argument("--seeds", default="", metavar="FIRST:COUNT", help=f"seeds of simulated cases (default {FIRST_SEED}:1)")
+    p.add_argument("--seeds", default="", metavar="FIRST:COUNT", help=f"seeds of the cases (default {FIRST_SEED}:1)")
     p.add_argument("--hours", type=float, help="simulated hours without a fault, over all layouts, per 64 ranks (default 24)")
     p.add_argument("--only", default="", metavar="WORD", help="only cases whose kind, group or layout (real jobs: whose name, as slow-ddp-10) contains it")
     return p.parse_args(arguments)
@@ -74,19 +74,19 @@ def run(bench: Bench) -> None:
     """What was chosen."""
     a = getattr(bench, "options", None) or options([])
     chosen = a.sim or a.real or a.overhead
+    first, _, count = a.seeds.partition(":")
+    seeds = range(int(first or FIRST_SEED), int(first or FIRST_SEED) + int(count or 1))
     if a.sim or not chosen:
-        simulated(bench, a)
+        simulated(bench, a, seeds)
     if a.real or (not chosen and not bench.quick):
-        watch_real.run(bench, a.only)
+        watch_real.run(bench, seeds, a.only)
     if a.overhead:
         tap.overhead(bench)
         watcher.run(bench)
 
 
-def simulated(bench: Bench, a: argparse.Namespace) -> None:
+def simulated(bench: Bench, a: argparse.Namespace, seeds: range) -> None:
     """All simulated cases."""
-    first, _, count = a.seeds.partition(":")
-    seeds = range(int(first or FIRST_SEED), int(first or FIRST_SEED) + int(count or 1))
     bench.notes.append(f"scored seeds {seeds.start} to {seeds.stop - 1}; thresholds were tuned with seeds 1 to 2999")
     hours = a.hours if a.hours is not None else bench.pick(24.0, 0.5)
     rows: list[Row] = []

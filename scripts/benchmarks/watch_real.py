@@ -205,10 +205,10 @@ class Ranks:
         temporary.write_text(json.dumps(what))
         temporary.rename(self.directory / f"job{self.number}.json")
 
-    def run(self, case: Case) -> Timeline:
-        """One case, to its end or until enough was seen; its processes are gone afterwards."""
+    def run(self, case: Case, seed: int = 7) -> Timeline:
+        """One case, to its end or until enough was seen; its processes are gone afterwards. `seed`: of its data and of what its steps take."""
         name, out = f"{case.name}-{self.number}", self.directory / f"out{self.number}"
-        args = ["--layout", case.layout, "--steps", str(case.steps), "--out", str(out), *case.options, *(["--fault", case.fault] if case.fault else [])]
+        args = ["--layout", case.layout, "--steps", str(case.steps), "--out", str(out), "--seed", str(seed), *case.options, *(["--fault", case.fault] if case.fault else [])]
         self._tell({"args": args, "env": {"CKPTD_JOB": name}})
         timeline = Timeline()
         try:
@@ -369,8 +369,8 @@ def _costs(
 
 def _quiet(*, quick: bool) -> Iterator[Case]:
     """Healthy jobs, and one-step spikes."""
-    for i, layout in enumerate(("fsdp",) if quick else LAYOUTS):
-        yield Case(name=f"healthy-{layout}", kind="healthy", layout=layout, steps=100 if quick else 130, options=("--seed", str(11 + i), "--uneven", "2"))
+    for layout in ("fsdp",) if quick else LAYOUTS:
+        yield Case(name=f"healthy-{layout}", kind="healthy", layout=layout, steps=100 if quick else 130, options=("--uneven", "2"))
     yield Case(name="spike-ddp", kind="spike", layout="ddp", fault="spike:rank=1,step=40", steps=80)
     if not quick:
         yield Case(name="spike-pp", kind="spike", layout="pp", fault="spike:rank=2,step=40", steps=80)
@@ -393,14 +393,14 @@ def many(*, quick: bool) -> list[Case]:
 # --- the benchmark ----------------------------------------------------------------------------------------------------------
 
 
-def run(bench: Bench, only: str = "") -> None:
-    """`scripts/bench watch --real`. `only`: a part of the names of the cases that are wanted; slow links have none."""
+def run(bench: Bench, seeds: range, only: str = "") -> None:
+    """`scripts/bench watch --real`. `seeds`: all cases with each, but for slow links. `only`: a part of the names of the cases that are wanted; slow links have none."""
     from benchmarks import watch_links
 
     rows = []
     for world, chosen in ((4, cases(quick=bench.quick)), (8, many(quick=bench.quick))):
         if wanted := [c for c in chosen if only in c.name]:
-            rows += _all(bench.directory / f"w{world}", world, wanted)
+            rows += [row for seed in seeds for row in _all(bench.directory / f"w{world}-{seed}", world, wanted, seed)]
     if only:
         bench.notes.append(f"slow links were left out: --only {only}")
     elif bench.quick or (why := watch_links.missing()):
@@ -422,11 +422,11 @@ def run(bench: Bench, only: str = "") -> None:
     bench.raw["real"] = watch_score.facts(rows)
 
 
-def _all(directory: Path, world: int, chosen: list[Case]) -> list[watch_score.Row]:
+def _all(directory: Path, world: int, chosen: list[Case], seed: int) -> list[watch_score.Row]:
     rows = []
     with harness.daemon(directory / "d"), Ranks(directory / "r", world, directory / "d") as ranks:
-        for case in chosen:
-            timeline = ranks.run(case)
+        for i, case in enumerate(chosen):
+            timeline = ranks.run(case, seed + i)
             rows.append(score(case, timeline))
             print(line(rows[-1], timeline), file=sys.stderr, flush=True)
     return rows
@@ -437,7 +437,7 @@ def main() -> None:
     directory, words = Path(sys.argv[1]), sys.argv[2:]
     for world, given in ((4, cases(quick=False)), (8, many(quick=False))):
         if chosen := [c for c in given if not words or any(w in c.name for w in words)]:
-            _all(directory / f"w{world}", world, chosen)
+            _all(directory / f"w{world}", world, chosen, 7)
 
 
 if __name__ == "__main__":
