@@ -58,6 +58,8 @@ ROLE_MIN = 3
 CLIP = 0.15
 AGAIN = 14
 """What a long window shows is believed if it still shows it with so many new steps in it."""
+HOLDS = 0.8
+"""Of its bound: early in a job, while noise is known from a few blocks and bounds are wide, who was over it is still found so far. In a long job noise does this, too."""
 FAR = 2.5
 """Standard deviations: what lies farther from the block before is no noise, but something that began."""
 NOISIER = 9.0
@@ -346,7 +348,8 @@ class Stragglers:
             return []
         self.found_at = np.where(fresh, n, self.found_at)
         early = ~short & (n - self.found_at < AGAIN)
-        return [self._late(int(r), int(window[r]), half=bool(~found[r] | early[r]), fresh=bool(fresh[r])) for r in np.flatnonzero(self.flagged)]
+        whole = (found | (holds & (over >= HOLDS) & (n <= EARLY))) & ~early
+        return [self._late(int(r), int(window[r]), half=not whole[r], fresh=bool(fresh[r])) for r in np.flatnonzero(self.flagged)]
 
     def _quiet(self, n: int) -> bool:
         """Whether nobody can be over a bound, whatever the noise is: so it mostly is, and is seen at little cost."""

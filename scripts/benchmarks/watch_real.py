@@ -340,8 +340,9 @@ def _slow(*, quick: bool) -> Iterator[Case]:
         for j, (percent, place) in enumerate(((10, "all"), (20, "backward"), (50, "forward"))):
             if percent == 20 if quick else percent == 10 or (i + j) % 2:  # ten percent everywhere, the others in turn
                 yield _costs("slow", layout, i + j, SLOW, f",percent={percent},place={place}", severity=f"{percent}%", group="slow")
+    for i, layout in enumerate(() if quick else LAYOUTS):
+        yield _costs("slow", layout, i + 3, SLOW, ",percent=5", severity="5%", limit_steps=100, group="mild")
     if not quick:
-        yield _costs("slow", "ddp", 3, SLOW, ",percent=5", severity="5%", limit_steps=100, group="mild")
         yield _costs("input", "ddp", 1, ("input-stall",), ",percent=40", severity="40%", group="slow")
         yield _costs("input", "tp_fsdp", 2, ("input-stall",), ",percent=40", severity="40%", group="slow")
         yield _costs("gc", "ddp", 2, ("gc-pause",), ",ms=400", group="slow")
