@@ -25,6 +25,8 @@ FAST, FAST_SLOW = 12, 0.2
 """A change by so much is said after so few steps."""
 PAST_MIN = 60
 DRIFT_MIN = 30
+SURE = 8.0
+"""A line has to leave less than a step by so many times the variance that it leaves: where noise is large, one or the other fits better by chance."""
 
 
 class Pace:
@@ -115,7 +117,8 @@ def is_drift(excess: Array) -> bool:
     gains = sums**2 / sizes  # of a step that begins at i
     step = float((smooth**2).sum() - gains[: n - 5].max())
     line = min(_ramp(smooth, i) for i in range(0, n - DRIFT_MIN + 1, max(1, n // 16)))
-    return line < 0.9 * step or (line < 0.97 * step and _late_half_grows(smooth))
+    by_noise = n * (step - line) < SURE * line
+    return not by_noise and (line < 0.9 * step or (line < 0.97 * step and _late_half_grows(smooth)))
 
 
 def _ramp(y: Array, start: int) -> float:

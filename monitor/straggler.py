@@ -447,6 +447,11 @@ class Stragglers:
         first = int(np.argmax(score))
         return int(self.steps[at[back - 1 - first]])
 
+    def computing(self, rank: int) -> Array:
+        """A rank's computing alone, over its peers', as part of a step: of all steps in memory, oldest first."""
+        at = np.arange(self.count - min(self.count, KEPT), self.count) % KEPT
+        return np.asarray(self.excess[at, COMPUTE, rank] / max(self.wall_us, 1.0))
+
     # --- for people ---
 
     def lateness(self, n: int) -> Array:

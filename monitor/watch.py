@@ -223,10 +223,8 @@ class Watch:
         if f.kind != "compute-slow":
             return f
         s = self.stragglers
-        if rank not in self.drifts and s.count - DRIFT_MIN > 0:
-            n = min(s.count, KEPT)
-            if is_drift(s.lateness(n)[:, rank]):
-                self.drifts.add(rank)
+        if rank not in self.drifts and is_drift(s.computing(rank)):
+            self.drifts.add(rank)
         if rank not in self.drifts:
             return f
         return Finding(
