@@ -15,7 +15,7 @@ import numpy as np
 
 from ckptd.monitor import join, record
 from ckptd.monitor.comms import Transfers
-from ckptd.monitor.drift import DRIFT_MIN, Pace, is_drift
+from ckptd.monitor.drift import Pace, is_drift
 from ckptd.monitor.hang import Patience
 from ckptd.monitor.join import CHECKPOINT, COMPILE, DATA, DEVICE, EVAL, SELF, WALL, Joined, Odd, Together, known, median, together
 from ckptd.monitor.lasting import Lasting
