@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import statistics
 import time
@@ -92,6 +91,13 @@ class Rank:
     gone: bool = False
     ending: bool = False
     """Its launcher ends it."""
+    thread: schedstat.Thread = field(default_factory=schedstat.Thread)
+    """The one that trains."""
+
+    def close(self) -> None:
+        """Let go of its ring, and of what it is looked at with."""
+        self.ring.close()
+        self.thread.close()
 
 
 @dataclass(slots=True)
@@ -186,7 +192,7 @@ class Watcher:
             job.policy = m.policy
         steps = known.steps if known is not None and known.pid == pid else Summarizer(rank)
         if known is not None:
-            known.ring.close()
+            known.close()
         job.ranks[rank] = Rank(rank, client, ring, pid, steps, moved_s=time.monotonic())
         return True
 
@@ -200,7 +206,7 @@ class Watcher:
                 if not r.gone and old.world_size == world:  # the same processes, of which one has learned its attempt before the others
                     job.ranks[r.rank] = r
                 else:
-                    r.ring.close()
+                    r.close()
         self.jobs[m.job] = job
         return job
 
@@ -209,7 +215,7 @@ class Watcher:
         for job in [*self.jobs.values()]:
             for r in [*job.ranks.values()]:
                 if r.client is client and job.name != name:
-                    r.ring.close()
+                    r.close()
                     del job.ranks[r.rank]
             if not job.ranks and job.name != name and not job.verdicts:
                 del self.jobs[job.name]
@@ -240,7 +246,7 @@ class Watcher:
         """The job is over."""
         job = self.jobs.pop(name, None)
         for r in job.ranks.values() if job is not None else ():
-            r.ring.close()
+            r.close()
         if job is not None and job.recorder is not None:
             job.recorder.close(0.2)
 
@@ -321,12 +327,8 @@ class Watcher:
 
     @staticmethod
     def _sample(r: Rank) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            fd = os.open(f"/proc/{r.pid}/task/{r.ring.word('thread') or r.pid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                r.steps.samples.add(time.monotonic_ns(), *schedstat.read(fd))
-            finally:
-                os.close(fd)
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            r.steps.samples.add(time.monotonic_ns(), *r.thread.read(r.pid, r.ring.word("thread") or r.pid))
 
     @staticmethod
     def _idle_ms(r: Rank, now_s: float) -> int:
