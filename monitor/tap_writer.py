@@ -198,7 +198,7 @@ class Writer:
             q[at] = i + 1
 
     def step(self, number: int | None, cpu_us: int = 0, delay_us: int = 0) -> None:
-        """A step ended: a STEP mark, and the header's count, or its number where the session gives one. `cpu_us`, `delay_us`: as `Processor.spent` has them."""
+        """A step ended: a STEP mark, and the header's count, or its number where the session gives one. `cpu_us`, `delay_us`: as `schedstat.Spent` has them."""
         if self.off:
             return
         now = monotonic_ns()

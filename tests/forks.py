@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -12,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from ckptd.standby import PRELOAD
@@ -21,9 +24,12 @@ for _name in PRELOAD:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port below those that the kernel gives to outgoing connections: one of these could take it before whoever asked listens there."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", random.SystemRandom().randrange(first - 16_000, first) if first > 20_000 else 0))
+            return s.getsockname()[1]
 
 
 def ranks(count: int, work: Callable[[int], Any], *, timeout_s: float = 120.0, env: dict[str, str] | None = None, may_die: bool = False) -> list[Any]:

@@ -315,6 +315,7 @@ def test_kill_switch(tmp_path, switch):
         "dist.all_reduce(torch.ones(2))\n"
         "tap = sys.modules.get('ckptd.monitor.tap')\n"
         "print(tap is None or tap.current() is None, before is torch._C._distributed_c10d.Work.wait, len(threading.enumerate()))\n"
+        "dist.destroy_process_group()\n"  # gloo's threads and an interpreter that ends without it have aborted
     )
     env = environment(tmp_path / "d", RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **switch)
     try:
