@@ -2,7 +2,7 @@
 
 - simulated jobs (`--sim`): up to 4,096 ranks; kinds x severities x layouts x seeds through the engine that the daemon runs, in simulated time; hours without a fault
   (`--hours`) count false alarms. Seeds that thresholds were tuned with are 1 to 2999; scored are 3000 and up (`--seeds FIRST:COUNT`).
-- real jobs (`--real`) under torchrun; what watching costs ranks and daemon (`--overhead`: also `scripts/bench tap`, `scripts/bench watcher`).
+- real jobs (`--real`) under torchrun, a seed for each, from FIRST on; what watching costs ranks and daemon (`--overhead`: also `scripts/bench tap`, `scripts/bench watcher`).
 
 Without a choice: simulated jobs, and real ones unless `--quick`.
 """

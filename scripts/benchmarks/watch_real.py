@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,7 +49,7 @@ STEP_S = 60.0
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """`fault`: as watch_job.py takes it; `rank`: who is to be named (-1: nobody must be); `kinds`: as what, `also`: less exactly. `stands`: the job does not go on
-    by itself. `group`: which aim it counts for (watch_score)."""
+    by itself. `group`: which aim it counts for (watch_score). `seed`: of its data, and of what its steps take."""
 
     name: str
     layout: str
@@ -66,6 +66,7 @@ class Case:
     limit_s: float = 15.0
     limit_steps: int = 50
     options: tuple[str, ...] = ()
+    seed: int = 7
 
     @property
     def quiet(self) -> bool:
@@ -75,7 +76,7 @@ class Case:
     def label(self, timeline: Timeline) -> watch_score.Case:
         """For the score."""
         return watch_score.Case(
-            kind=self.kind or self.name, layout=f"{self.layout}{self.world}", seed=0, severity=self.severity, ranks=(self.rank,) if self.rank >= 0 and self.kinds else (),
+            kind=self.kind or self.name, layout=f"{self.layout}{self.world}", seed=self.seed, severity=self.severity, ranks=(self.rank,) if self.rank >= 0 and self.kinds else (),
             kinds=(*self.kinds, *self.also), causes=self.kinds, group=self.group, onset_step=timeline.onset_step, onset_s=timeline.onset_t, step_s=timeline.usual_s,
             tolerated=("crash",) if self.stands else (), world=self.world,
         )  # fmt: skip
@@ -132,7 +133,7 @@ def line(row: watch_score.Row, timeline: Timeline) -> str:
     label = f"rank {c.ranks[0] if c.ranks else '-'} {'/'.join(c.kinds)}" if c.kinds else "quiet"
     when = f"{row.seconds:.2f} s, {row.steps:.0f} steps" if row.named else "-"
     return (
-        f"{'ok   ' if right(row) else 'WRONG'} {c.kind} {c.severity} {c.layout}: {label}: {when}; said: {row.said or 'nothing'}; "
+        f"{'ok   ' if right(row) else 'WRONG'} {c.kind} {c.severity} {c.layout} seed {c.seed}: {label}: {when}; said: {row.said or 'nothing'}; "
         f"step {timeline.usual_s * 1e3:.0f} ms, {len(timeline.steps)} steps, codes {timeline.codes}"
     )
 
@@ -205,10 +206,10 @@ class Ranks:
         temporary.write_text(json.dumps(what))
         temporary.rename(self.directory / f"job{self.number}.json")
 
-    def run(self, case: Case, seed: int = 7) -> Timeline:
-        """One case, to its end or until enough was seen; its processes are gone afterwards. `seed`: of its data and of what its steps take."""
+    def run(self, case: Case) -> Timeline:
+        """One case, to its end or until enough was seen; its processes are gone afterwards."""
         name, out = f"{case.name}-{self.number}", self.directory / f"out{self.number}"
-        args = ["--layout", case.layout, "--steps", str(case.steps), "--out", str(out), "--seed", str(seed), *case.options, *(["--fault", case.fault] if case.fault else [])]
+        args = ["--layout", case.layout, "--steps", str(case.steps), "--out", str(out), "--seed", str(case.seed), *case.options, *(["--fault", case.fault] if case.fault else [])]
         self._tell({"args": args, "env": {"CKPTD_JOB": name}})
         timeline = Timeline()
         try:
@@ -307,9 +308,10 @@ LAYOUTS = ("ddp", "fsdp", "tp_fsdp", "pp", "pp_dp")
 SLOW = ("compute-slow",)
 
 
-def cases(*, quick: bool) -> list[Case]:
-    """The labelled set, healthy jobs among them. Ranks and steps differ from case to case, by its place in the list."""
-    return [*_standing(quick=quick), *_slow(quick=quick), *_quiet(quick=quick)]
+def cases(seed: int, *, quick: bool) -> list[Case]:
+    """The labelled set, healthy jobs among them, all sizes. Ranks, steps and seeds (from `seed` on) differ from case to case, by its place in the list."""
+    chosen = [*_standing(quick=quick), *_slow(quick=quick), *_quiet(quick=quick), *_many(quick=quick)]
+    return [replace(case, seed=seed + i) for i, case in enumerate(chosen)]
 
 
 def _standing(*, quick: bool) -> Iterator[Case]:
@@ -379,7 +381,7 @@ def _quiet(*, quick: bool) -> Iterator[Case]:
         yield Case(name="healthy-accumulate", kind="healthy", severity="accumulating", layout="ddp", steps=100, options=("--accumulate", "2"))
 
 
-def many(*, quick: bool) -> list[Case]:
+def _many(*, quick: bool) -> list[Case]:
     """Of eight ranks, which two cores bear with longer steps."""
     options = ("--step-ms", "250")
     stopped = Case(name="sigstop-8", kind="sigstop", layout="fsdp", world=8, fault="sigstop:rank=5,step=20", rank=5, kinds=("stopped",), stands=True, group="hang", options=options)
@@ -399,9 +401,8 @@ def run(bench: Bench, seeds: range, only: str = "") -> None:
     from benchmarks import watch_links
 
     rows = []
-    for world, chosen in ((4, cases(quick=bench.quick)), (8, many(quick=bench.quick))):
-        if wanted := [c for c in chosen if only in c.name]:
-            rows += [row for seed in seeds for row in _all(bench.directory / f"w{world}-{seed}", world, wanted, seed)]
+    for seed in seeds:
+        rows += _all(bench.directory / str(seed), [c for c in cases(seed, quick=bench.quick) if only in c.name])
     if only:
         bench.notes.append(f"slow links were left out: --only {only}")
     elif bench.quick or (why := watch_links.missing()):
@@ -423,22 +424,22 @@ def run(bench: Bench, seeds: range, only: str = "") -> None:
     bench.raw["real"] = watch_score.facts(rows)
 
 
-def _all(directory: Path, world: int, chosen: list[Case], seed: int) -> list[watch_score.Row]:
+def _all(directory: Path, chosen: list[Case]) -> list[watch_score.Row]:
     rows = []
-    with harness.daemon(directory / "d"), Ranks(directory / "r", world, directory / "d") as ranks:
-        for i, case in enumerate(chosen):
-            timeline = ranks.run(case, seed + i)
-            rows.append(score(case, timeline))
-            print(line(rows[-1], timeline), file=sys.stderr, flush=True)
+    for world in sorted({c.world for c in chosen}):
+        place = directory / f"w{world}"
+        with harness.daemon(place / "d"), Ranks(place / "r", world, place / "d") as ranks:
+            for case in (c for c in chosen if c.world == world):
+                timeline = ranks.run(case)
+                rows.append(score(case, timeline))
+                print(line(rows[-1], timeline), file=sys.stderr, flush=True)
     return rows
 
 
 def main() -> None:
     """Some cases by hand: python -m benchmarks.watch_real DIR NAME...; NAME is a part of a case's name."""
     directory, words = Path(sys.argv[1]), sys.argv[2:]
-    for world, given in ((4, cases(quick=False)), (8, many(quick=False))):
-        if chosen := [c for c in given if not words or any(w in c.name for w in words)]:
-            _all(directory / f"w{world}", world, chosen, 7)
+    _all(directory, [c for c in cases(7, quick=False) if not words or any(w in c.name for w in words)])
 
 
 if __name__ == "__main__":
