@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from ckptd.standby import PRELOAD
+from tests.ports import free_port
 
 for _name in PRELOAD:
     import_module(_name)  # before any fork: four ranks that each import torch._dynamo take four seconds here
-
-
-def free_port() -> int:
-    """A port below those that the kernel gives to outgoing connections: one of these could take it before whoever asked listens there."""
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", random.SystemRandom().randrange(first - 16_000, first) if first > 20_000 else 0))
-            return s.getsockname()[1]
 
 
 def ranks(count: int, work: Callable[[int], Any], *, timeout_s: float = 120.0, env: dict[str, str] | None = None, may_die: bool = False) -> list[Any]:

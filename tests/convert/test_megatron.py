@@ -14,7 +14,6 @@ import os
 import random
 import select
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -41,6 +40,7 @@ from ckptd.integrations import megatron_layout as layout  # noqa: E402
 from ckptd.integrations.megatron import LEGACY, TORCH_DIST  # noqa: E402
 from ckptd.reading import Pool, Reading, compare_replicas, settle  # noqa: E402
 from tests.convert.roundtrip import TARGETS, there_and_back  # noqa: E402
+from tests.ports import free_port  # noqa: E402
 
 JOB = Path(__file__).with_name("megatron_job.py")
 SOURCES = {
@@ -83,9 +83,7 @@ class Ranks:
         return json.loads(line)
 
     def do(self, **command):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            command["port"] = s.getsockname()[1]
+        command["port"] = free_port()
         began = time.monotonic()
         used = self.processes[: command["world"]]
         for process in used:

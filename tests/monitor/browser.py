@@ -6,7 +6,6 @@ import base64
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -14,6 +13,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
+from tests.ports import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -86,8 +87,7 @@ def browser(directory: Path):
     missing = [name for name, found in (("chromium", CHROMIUM), ("chromium-driver", DRIVER)) if not found]
     if missing:
         pytest.skip(f"needs Debian's {' and '.join(missing)}")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     log = (directory / "chromedriver.log").open("w")
     driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=log, stderr=log)
     it = Browser(port)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -52,35 +54,37 @@ def test_another_thread_begins_anew() -> None:
 
 
 def test_who_waits_for_a_processor_is_told_so() -> None:
-    core = min(os.sched_getaffinity(0))
     before = os.sched_getaffinity(0)
-    child = os.fork()
-    if child == 0:
-        os.sched_setaffinity(0, {core})
-        while True:
-            pass
-    try:
-        os.sched_setaffinity(0, {core})
-        spent = schedstat.Spent()
-        spent.take()
-        spin(0.1)
-        cpu_us, delay_us = spent.take()
-    finally:
-        os.sched_setaffinity(0, before)
-        os.kill(child, 9)
-        os.waitpid(child, 0)
+    core = min(before)
+    spin_there = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile os.getppid() == {os.getpid()}: sum(range(9999))"
+    with subprocess.Popen([sys.executable, "-c", spin_there], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        try:
+            os.sched_setaffinity(0, {core})
+            spent = schedstat.Spent()
+            spent.take()
+            spin(0.1)
+            cpu_us, delay_us = spent.take()
+        finally:
+            os.sched_setaffinity(0, before)
+            other.kill()
     spent.close()
     assert cpu_us >= 99_000
     assert delay_us > 30_000  # two shared one core
 
 
-def test_a_kernel_that_does_not_say_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object) -> int:
+def test_a_kernel_that_does_not_say_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refused(*what: object) -> int:
+        asked.append(what)
         raise PermissionError
 
     monkeypatch.setattr(os, "open", refused)
     spent = schedstat.Spent()
     assert [spent.take() for _ in range(3)] == [(0, 0)] * 3
+    assert len(asked) == 1
 
 
 def test_what_a_mark_says_is_believed_and_looks_from_outside_where_it_says_nothing() -> None:

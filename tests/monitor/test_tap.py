@@ -20,7 +20,8 @@ from ckptd.channel import Pipe, listen, private_directory
 from ckptd.core import wire
 from ckptd.monitor import record, tap_build
 from ckptd.monitor.ring import Ring
-from tests.forks import free_port, ranks
+from tests.forks import ranks
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = 4

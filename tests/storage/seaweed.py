@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ import urllib.error
 import urllib.request
 from datetime import timedelta
 from pathlib import Path
+
+from tests.ports import free_ports
 
 READY_AFTER_S = 60.0
 KEY, SECRET = "ckptd-key", "ckptd-secret"
@@ -22,18 +23,6 @@ def weed_path() -> str | None:
     """Where the server's program is: beside this interpreter, or on PATH."""
     beside = Path(sys.executable).parent / "weed"
     return str(beside) if beside.exists() else shutil.which("weed")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 class Seaweed:
