@@ -415,12 +415,9 @@ def run(bench: Bench, seeds: range, only: str = "") -> None:
     bench.tables.append(watch_score.table([r for r in rows if r.case.quiet], "real jobs without one that is to be named"))
     if missed := watch_score.misses(rows):
         bench.notes.append("real cases that did not go as they should:\n" + "\n".join(missed))
-    crashes = [r.seconds for r in rows if r.case.group == "crash" and r.named]
-    bench.aims += [
-        *watch_score.aims(rows),
-        Aim("crash: noticed on its node (median)", harness.median(crashes) if crashes else float("nan"), "<=", 0.1, " s"),
-        Aim("false verdicts in real jobs without a fault", float(sum(r.false_reports for r in rows if r.case.quiet)), "<=", 0.0),
-    ]  # fmt: skip
+    bench.aims += [*watch_score.aims(rows), Aim("false verdicts in real jobs without a fault", float(sum(r.false_reports for r in rows if r.case.quiet)), "<=", 0.0)]
+    if crashes := [r.seconds if r.named else float("inf") for r in rows if r.case.group == "crash"]:
+        bench.aims.append(Aim("crash: noticed on its node (median)", harness.median(crashes), "<=", 0.1, " s"))
     bench.raw["real"] = watch_score.facts(rows)
 
 
