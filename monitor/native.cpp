@@ -264,7 +264,8 @@ struct Spec {
     const char* name;
     uint8_t code;
     int tensors;  // which argument is measured; -1: none
-    bool even, p2p, coalesced, functional;
+    bool even, p2p, coalesced;
+    bool functional;  // functional collectives (and their sends) end in it: wait_tensor may be asked about its outputs
     int group = -1, peer = -1, async = -1;  // arguments, found in the schema
 };
 
@@ -286,8 +287,8 @@ const Spec SPECS[] = {
     {"scatter_", CKPTD_SCATTER, 0, false, false, false, false},
     {"barrier", CKPTD_BARRIER, -1, true, false, false, false},
     {"monitored_barrier_", CKPTD_BARRIER, -1, true, false, false, false},
-    {"send", CKPTD_SEND, 0, true, true, false, false},
-    {"recv_", CKPTD_RECV, 0, true, true, false, false},
+    {"send", CKPTD_SEND, 0, true, true, false, true},
+    {"recv_", CKPTD_RECV, 0, true, true, false, true},
     {"recv_any_source_", CKPTD_RECV_ANY, 0, true, true, false, false},
 };
 

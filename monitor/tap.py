@@ -3,8 +3,8 @@
     attach() -> Tap      make the ring, take the best layer that works, hook the marks
     current()            the process's tap, if there is one
 
-Layers, best first: "native" (C++ at the dispatcher; `tap_build` builds it), "hooks" (torch's own, from 2.14, called in Python), "python" (Python at the dispatcher),
-"patched" (methods). Each is tried on an operation of its own, alone, before it is believed.
+Layers, best first: "native" (C++ at the dispatcher; `tap_build` builds it), "hooks" (torch's own, from 2.14, called in Python), "python" (methods of Python's callers, kernels
+for those in C++), "patched" (methods alone). Each is tried on an operation of its own, alone, before it is believed.
 
 CKPTD_DISABLE=1: nothing at all. CKPTD_TAP=0: no tap; native, python, patched, hooks: this layer and no other. CKPTD_RING_RECORDS: how many records a ring holds.
 
@@ -99,12 +99,15 @@ class Tap:
             if hasattr(layer, "watch"):
                 layer.watch(group)
             group.allreduce([torch.zeros(3)]).wait()
-            found = scratch.read(0).records
-            told = [(int(r["op"]), int(r["bytes"]), int(r["seq"]), int(r["ended_ns"]) > 0) for r in found]
+            expected = [(record.OPS.index("all_reduce"), 12, 1, True)]
+            if hasattr(layer, "trial"):
+                layer.trial(group)
+                expected.append((record.OPS.index("broadcast"), 12, 2, True))
+            told = [(int(r["op"]), int(r["bytes"]), int(r["seq"]), int(r["ended_ns"]) > 0) for r in scratch.read(0).records]
         except Exception as e:  # noqa: BLE001  whatever it was, the layer is not to be trusted
             log.debug("tap: its trial failed: %s", e)
             return False
-        return told == [(record.OPS.index("all_reduce"), 12, 1, True)]
+        return told == expected
 
     def identify(self, job: str, attempt: int) -> None:
         """Write what is known of the job into the ring."""
@@ -179,21 +182,21 @@ def _native(_tap: Tap, ring: Ring) -> Any:
 
 
 def _hooks(tap: Tap, ring: Ring) -> Any:
-    from ckptd.monitor import tap_hooks, tap_python
+    from ckptd.monitor import tap_hooks, tap_seen
 
-    return tap_hooks.Hooks(tap_python.Seen(Writer(ring), tap.failed))
+    return tap_hooks.Hooks(tap_seen.Seen(Writer(ring), tap.failed))
 
 
 def _python(tap: Tap, ring: Ring) -> Any:
-    from ckptd.monitor import tap_python
+    from ckptd.monitor import tap_python, tap_seen
 
-    return tap_python.Kernels(tap_python.Seen(Writer(ring), tap.failed))
+    return tap_python.Python(tap_seen.Seen(Writer(ring), tap.failed))
 
 
 def _patched(tap: Tap, ring: Ring) -> Any:
-    from ckptd.monitor import tap_python
+    from ckptd.monitor import tap_python, tap_seen
 
-    return tap_python.Patches(tap_python.Seen(Writer(ring), tap.failed))
+    return tap_python.Patched(tap_seen.Seen(Writer(ring), tap.failed))
 
 
 LAYERS: dict[str, Callable[[Tap, Ring], Any]] = {"native": _native, "hooks": _hooks, "python": _python, "patched": _patched}

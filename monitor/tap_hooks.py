@@ -18,8 +18,9 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup
 
-from ckptd.monitor.tap_ops import BY_NAME, Op
-from ckptd.monitor.tap_python import FUNCTIONAL, Seen, Waits
+from ckptd.monitor.tap_kernels import FUNCTIONAL, Functional
+from ckptd.monitor.tap_ops import BY_NAME
+from ckptd.monitor.tap_seen import Entered, Seen, Waits
 
 HOOK_ID = 0x636B7074
 OPEN_MAX = 256
@@ -31,6 +32,7 @@ NAMES = {
     "ALLGATHER_INTO_TENSOR_COALESCED": "allgather_into_tensor_coalesced_", "REDUCE_SCATTER_BASE": "_reduce_scatter_base_",
     "REDUCE_SCATTER_TENSOR_COALESCED": "reduce_scatter_tensor_coalesced_", "ALLTOALL_BASE": "alltoall_base_",
 }  # fmt: skip
+FUNCTIONAL_CODES = frozenset(BY_NAME[name].code for name in FUNCTIONAL.values())
 SHARED = {"allgather_": "allgather_into_tensor_coalesced_", "reduce_scatter_": "reduce_scatter_tensor_coalesced_", "allreduce_": "allreduce_coalesced_"}
 """What a name may mean besides; of one tensor, that is the plain operation again (`SINGLE`)."""
 
@@ -44,13 +46,12 @@ class Hooks:
             raise ImportError(msg)
         self.seen, self.writer = seen, seen.writer
         self.coalesced, self.captured, self.last = seen.coalesced, seen.captured, seen.last
-        self._open: dict[tuple[int, int], tuple[Op, int, bool, bool]] = {}
+        self._open: dict[tuple[int, int], Entered] = {}
         self._remove: list[Callable[[], None]] = []
         for pg in [*dist.distributed_c10d._world.pg_map]:  # noqa: SLF001  torch's own users of these hooks take it too
             self.watch(pg)
         self._watch_groups()
-        self.waits = Waits(seen)
-        self.waits.functional()
+        self._parts: list[Any] = [Waits(seen), Functional(seen)]
 
     def watch(self, pg: Any) -> None:
         """Hook a group."""
@@ -72,12 +73,12 @@ class Hooks:
                 name = SHARED[name]
             op = BY_NAME[name]
             tensors = got if op.name == "scatter_" else brought or got
-            i, device = self.seen.enter(op, tensors, pg, args.root if op.p2p else -1, asynchronous=args.async_op)
-            if args.async_op and op.code in FUNCTIONAL:
-                self.seen.remember(got or brought, i)
+            entered = self.seen.enter(op, tensors, pg, args.root if op.p2p else -1, asynchronous=args.async_op)
+            if op.p2p or (args.async_op and op.code in FUNCTIONAL_CODES):
+                self.seen.remember(got or brought, entered[1])
             if len(self._open) >= OPEN_MAX:
                 self._open.pop(next(iter(self._open)), None)
-            self._open[id(pg), args.op_id] = op, i, device, args.async_op
+            self._open[id(pg), args.op_id] = entered
         except Exception:  # noqa: BLE001  a hook that raises fails the collective
             self.seen.failed()
 
@@ -85,8 +86,7 @@ class Hooks:
         try:
             known = self._open.pop((pg, args.op_id), None)
             if known is not None:
-                op, i, device, asynchronous = known
-                self.seen.began(op, i, args.work, monotonic_ns(), device=device, asynchronous=asynchronous)
+                self.seen.began(known, args.work, monotonic_ns())
         except Exception:  # noqa: BLE001  counted; never into the user's code
             self.seen.failed()
 
@@ -112,4 +112,5 @@ class Hooks:
         for undo in reversed(self._remove):
             with contextlib.suppress(Exception):
                 undo()
-        self.waits.remove()
+        for part in self._parts:
+            part.remove()

@@ -84,8 +84,11 @@ def signature(code: int, dtype: int, nbytes: int) -> int:
 
 
 def history(before: int, sign: int) -> int:
-    """The rolling hash after one more collective."""
-    return mix(before ^ sign)
+    """The rolling hash after one more collective: `mix`, written out, for it is computed in each collective."""
+    z = ((before ^ sign) + 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
 
 
 def group_key(name: str, ranks: Sequence[int]) -> int:

@@ -21,6 +21,7 @@ from ckptd.monitor.tap_ops import history, signature
 
 _AFTER_COMMIT = struct.Struct("QQQQIIBBBBiII")
 assert _AFTER_COMMIT.size == record.RECORD.itemsize - 8  # noqa: S101  drawn, not computed
+_pack_record = _AFTER_COMMIT.pack_into
 
 
 def _words(dtype: object, at: int = 0) -> dict[str, int]:
@@ -30,16 +31,36 @@ def _words(dtype: object, at: int = 0) -> dict[str, int]:
 
 _H = _words(record.HEADER)
 _G = _words(record.GROUP)
-_HEAD, _STEP, _PHASE_NS, _ERRORS, _HOOK_NS, _LOST = (_H[n] for n in ("head", "step", "phase_ns", "errors", "hook_ns", "device_lost"))
+_HEAD, _STEP, _PHASE_NS, _ERRORS, _HOOK_NS = (_H[n] for n in ("head", "step", "phase_ns", "errors", "hook_ns"))
 _PHASES_U32 = record.HEADER.fields["phases"][1] // 4  # type: ignore[index]
-_VERSION, _OPS_WORD, _HISTORY, _SIGNATURE, _BYTES = (_G[n] for n in ("version", "op", "history", "signature", "bytes"))
-_ENTERED, _ENTERED_NS, _DONE, _DONE_NS = (_G[n] for n in ("entered", "entered_ns", "done", "done_ns"))
-_P2P_ENTERED, _P2P_NS, _P2P_DONE = (_G[n] for n in ("p2p_entered", "p2p_ns", "p2p_done"))
+_ENTERED, _DONE, _DONE_NS, _OPS_WORD, _P2P_ENTERED, _P2P_NS, _P2P_DONE, _VERSION = (
+    _G[n] for n in ("entered", "done", "done_ns", "op", "p2p_entered", "p2p_ns", "p2p_done", "version")
+)
+_COLLECTIVE = struct.Struct("8Q")
+"""A row from `entered` to the word of `op`: entered, entered_ns, done, done_ns, history, signature, bytes, op."""
+assert _OPS_WORD - _ENTERED == 7  # noqa: S101  likewise
+_pack_collective = _COLLECTIVE.pack_into
 _ROW_WORDS, _RECORD_WORDS = record.GROUP.itemsize // 8, record.RECORD.itemsize // 8
 _GROUPS, _RECORDS = record.GROUPS_AT // 8, record.RECORDS_AT // 8
 _NO_GROUP, _P2P = record.NO_GROUP, record.P2P
 _FAILED, _WAITED, _P2P_BIT = (flag << 24 for flag in (record.FAILED, record.WAITED, record.P2P))
 """Flags as they lie in a record's seventh word: group, op, dtype, flags, peer."""
+_U32, _U64 = 0xFFFFFFFF, (1 << 64) - 1
+_P2P_OPEN = 0xFF << 24
+"""`p2p_open` in the word of `op`."""
+
+
+class _Row:
+    """A row of GROUP as its only writer remembers it: reading it back word by word takes longer than the rest of an operation's record."""
+
+    __slots__ = ("at", "done", "done_ns", "entered", "history", "ops", "p2p_done", "p2p_entered", "version")
+
+    def __init__(self, row: int) -> None:
+        self.at = _GROUPS + row * _ROW_WORDS
+        """Its first word."""
+        self.entered = self.done = self.done_ns = self.history = self.p2p_entered = self.p2p_done = self.version = 0
+        self.ops = _U32 << 32
+        """The word of `op`; there is no peer yet."""
 
 
 class Writer:
@@ -55,13 +76,15 @@ class Writer:
         self.use(ring)
 
     def use(self, ring: Ring) -> None:
-        """Write here from now on."""
+        """Write here from now on. Whoever wrote there before is no more."""
         self.ring = ring
         self._bytes = memoryview(ring.memory)
         self._q = self._bytes.cast("Q")
         self._u32 = self._bytes.cast("I")
         self._mask = ring.capacity - 1
         self._rows: dict[int, int] = {}
+        self._states: dict[int, _Row] = {}
+        self._head, self._step = self._q[_HEAD], self._q[_STEP]
 
     # --- groups -------------------------------------------------------------------------------------------------------------
 
@@ -84,6 +107,7 @@ class Writer:
             place = self.ring.groups_table[row : row + 1]
             place["key"], place["size"], place["mine"], place["ranks_at"], place["local_id"], place["p2p_peer"] = key, size, mine, at, row, -1
             header["groups"] = row + 1
+            self._states[row] = _Row(row)
             self._rows[key] = row
             return row
 
@@ -95,32 +119,30 @@ class Writer:
         now = now_ns or monotonic_ns()
         q = self._q
         with self.lock:
-            i = q[_HEAD]
-            q[_HEAD] = i + 1  # no call since the line above: nothing can come between
+            i = self._head
+            self._head = q[_HEAD] = i + 1  # no call since the line above: nothing can come between
             at = _RECORDS + (i & self._mask) * _RECORD_WORDS
             q[at] = 0
             seq = 0
             if row != _NO_GROUP:
-                g = _GROUPS + row * _ROW_WORDS
-                version = q[g + _VERSION]
-                q[g + _VERSION] = version + 1
+                g = self._states[row]
+                version = g.at + _VERSION
+                q[version] = g.version + 1
                 if flags & _P2P:
-                    seq = q[g + _P2P_ENTERED] + 1
-                    q[g + _P2P_ENTERED] = seq
-                    q[g + _P2P_NS] = now
-                    q[g + _OPS_WORD] = q[g + _OPS_WORD] & 0xFFFF | op << 16 | 1 << 24 | (peer & 0xFFFFFFFF) << 32
+                    seq = g.p2p_entered = g.p2p_entered + 1
+                    g.ops = g.ops & 0xFFFF | op << 16 | 1 << 24 | (peer & _U32) << 32
+                    q[g.at + _P2P_ENTERED] = seq
+                    q[g.at + _P2P_NS] = now
+                    q[g.at + _OPS_WORD] = g.ops
                 else:
-                    seq = q[g + _ENTERED] + 1
+                    seq = g.entered = g.entered + 1
                     sign = signature(op, dtype, signed)
-                    q[g + _ENTERED] = seq
-                    q[g + _ENTERED_NS] = now
-                    q[g + _HISTORY] = history(q[g + _HISTORY], sign)
-                    q[g + _SIGNATURE] = sign
-                    q[g + _BYTES] = nbytes
-                    q[g + _OPS_WORD] = q[g + _OPS_WORD] & ~0xFFFF | op | dtype << 8
-                q[g + _VERSION] = version + 2
-            step = (q[_STEP] + 1) & 0xFFFFFFFF
-            _AFTER_COMMIT.pack_into(self._bytes, at * 8 + 8, now, 0, 0, nbytes, seq & 0xFFFFFFFF, step, row, op, dtype, flags & 0xFF, peer, 0, 0)
+                    g.history = history(g.history, sign)
+                    g.ops = g.ops & ~0xFFFF | op | dtype << 8
+                    _pack_collective(self._bytes, (g.at + _ENTERED) * 8, seq, now, g.done, g.done_ns, g.history, sign, nbytes, g.ops)
+                g.version += 2
+                q[version] = g.version
+            _pack_record(self._bytes, at * 8 + 8, now, 0, 0, nbytes, seq & _U32, (self._step + 1) & _U32, row, op, dtype, flags & 0xFF, peer, 0, 0)
             q[at] = i + 1
         return i
 
@@ -147,8 +169,8 @@ class Writer:
             if q[at] != i + 1:
                 return
             q[at + 2] = now
-            waits = q[at + 7]
-            q[at + 7] = waits & ~0xFFFFFFFF | min((waits & 0xFFFFFFFF) + (now - began_ns) // 1000, 0xFFFFFFFF)
+            u32, waits = self._u32, 2 * at + 14
+            u32[waits] = min(u32[waits] + (now - began_ns) // 1000, _U32)
             if done or failed:
                 self._end(at, now, _WAITED | _FAILED if failed else _WAITED)
             else:
@@ -157,26 +179,32 @@ class Writer:
     def _end(self, at: int, now: int, flags: int) -> None:
         """The record at this word gets these flags, and its group's row an end."""
         q = self._q
-        word = q[at + 6] | flags
+        word = q[at + 6]
         if flags:
-            q[at + 6] = word
+            q[at + 6] = word | flags
         if not q[at + 3]:
             q[at + 3] = now
         row = word & 0xFF
         if row == _NO_GROUP:
             return
-        g, p2p = _GROUPS + row * _ROW_WORDS, word & _P2P_BIT
-        newest, done = (q[g + _P2P_ENTERED], g + _P2P_DONE) if p2p else (q[g + _ENTERED], g + _DONE)
-        seq = q[at + 5] & 0xFFFFFFFF | newest & ~0xFFFFFFFF
-        if seq > q[done]:
-            version = q[g + _VERSION]
-            q[g + _VERSION] = version + 1
-            q[done] = seq
-            if not p2p:
-                q[g + _DONE_NS] = now
-            elif seq == newest:
-                q[g + _OPS_WORD] &= ~(0xFF << 24)
-            q[g + _VERSION] = version + 2
+        g = self._states[row]
+        if word & _P2P_BIT:
+            seq = q[at + 5] & _U32 | g.p2p_entered & ~_U32
+            if seq > g.p2p_done:
+                q[g.at + _VERSION] = g.version + 1
+                g.p2p_done = q[g.at + _P2P_DONE] = seq
+                if seq == g.p2p_entered:
+                    g.ops &= ~_P2P_OPEN
+                    q[g.at + _OPS_WORD] = g.ops
+                g.version = q[g.at + _VERSION] = g.version + 2
+        else:
+            seq = q[at + 5] & _U32 | g.entered & ~_U32
+            if seq > g.done:
+                base = g.at
+                q[base + _VERSION] = g.version + 1
+                g.done = q[base + _DONE] = seq
+                g.done_ns = q[base + _DONE_NS] = now
+                g.version = q[base + _VERSION] = g.version + 2
 
     # --- marks --------------------------------------------------------------------------------------------------------------
 
@@ -186,15 +214,13 @@ class Writer:
             return
         q = self._q
         with self.lock:
-            i = q[_HEAD]
-            q[_HEAD] = i + 1
+            i = self._head
+            self._head = q[_HEAD] = i + 1  # as in `enter`
             at = _RECORDS + (i & self._mask) * _RECORD_WORDS
             q[at] = 0
-            step = (q[_STEP] + 1) & 0xFFFFFFFF
+            step = (self._step + 1) & _U32
             flags |= record.MARK
-            _AFTER_COMMIT.pack_into(
-                self._bytes, at * 8 + 8, began_ns, ended_ns, ended_ns, value, 0, step, record.NO_GROUP, kind, 0, flags, -1, waited_us, inside_us
-            )
+            _pack_record(self._bytes, at * 8 + 8, began_ns, ended_ns, ended_ns, value, 0, step, record.NO_GROUP, kind, 0, flags, -1, waited_us, inside_us)
             q[at] = i + 1
 
     def step(self, number: int | None, cpu_us: int = 0, delay_us: int = 0) -> None:
@@ -204,7 +230,7 @@ class Writer:
         now = monotonic_ns()
         with self.lock:
             self.mark(record.STEP, now, now, 0 if number is None else number, 0 if number is None else record.NUMBERED, delay_us, cpu_us)
-            self._q[_STEP] = self._q[_STEP] + 1 if number is None else number
+            self._step = self._q[_STEP] = self._step + 1 if number is None else number
 
     def phase(self, kind: int, since_ns: int | None) -> None:
         """An interval of this kind is open since then; None: it is no more."""
@@ -218,7 +244,7 @@ class Writer:
     @property
     def records(self) -> int:
         """Records claimed so far."""
-        return int(self._q[_HEAD])
+        return self._head
 
     def error(self) -> int:
         """Count a failure of the tap; how many there were."""

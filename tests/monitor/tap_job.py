@@ -27,6 +27,8 @@ if os.environ.get("TAP_DEBUG"):
 
     logging.basicConfig(level=logging.INFO)
     logging.getLogger("ckptd.tap").setLevel(logging.DEBUG)
+LIGHT = "light"
+"""The layer "python" without kernels of operators, but where the reducer calls them; with them, as they come with a reducer, is "python" here."""
 KB = torch.ones(256)
 
 
@@ -99,6 +101,27 @@ def functional(w):
     float(z.sum())
 
 
+def functional_sends(w):
+    """Those that torch has besides collectives (2.13)."""
+    if not hasattr(torch.ops._c10d_functional, "batch_p2p_ops"):
+        return
+    me, n, name = dist.get_rank(), dist.get_world_size(), dist.group.WORLD.group_name
+    got = torch.ops._c10d_functional.batch_p2p_ops(["isend", "irecv"], [(me + 1) % n, (me - 1) % n], [0, 0], [KB.clone(), torch.empty(256)], name)
+    for x in got:
+        torch.ops._c10d_functional.wait_tensor(x)
+
+
+def groups_own_methods(w):
+    """Methods of a process group, called in every form that they have."""
+    pg = dist.group.WORLD
+    pg.allreduce(KB.clone()).wait()
+    pg.allreduce([KB.clone()], dist.ReduceOp.MAX).wait()
+    pg.allreduce(tensors=[KB.clone()], opts=dist.AllreduceOptions()).wait()
+    pg.broadcast(KB.clone(), 1).wait()
+    pg.allgather([torch.empty(256) for _ in range(dist.get_world_size())], KB).wait()
+    pg.barrier().wait()
+
+
 def ddp(w):
     w["ddp_optimizer"].zero_grad()
     w["ddp"](torch.ones(2, 64)).sum().backward()
@@ -139,7 +162,7 @@ def raised(group) -> list:
     return found
 
 
-CASES = [plain, asynchronous, objects, sends, subgroup, functional, ddp, fsdp, tensor_parallel, pipeline, compiled]
+CASES = [plain, asynchronous, objects, sends, subgroup, functional, functional_sends, groups_own_methods, ddp, fsdp, tensor_parallel, pipeline, compiled]
 
 
 def world() -> dict:
@@ -177,12 +200,14 @@ def told(r) -> dict:
 
 
 def run(layer: str, w: dict) -> dict:
-    os.environ["CKPTD_TAP"] = layer
+    kind = os.environ["CKPTD_TAP"] = "python" if layer == LIGHT else layer
     its = tap.attach()
-    assert its is not None and its.layer == layer, (layer, its and its.layer)
+    assert its is not None and its.layer == kind, (kind, its and its.layer)
     said: dict = {"cases": {}}
     try:
         for case in CASES:
+            if layer == LIGHT:  # as if the reducer came and went
+                its._layer.whole() if case is ddp else its._layer.light()
             dist.barrier()
             begin = its.writer.records
             case(w)

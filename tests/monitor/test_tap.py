@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch._C._distributed_c10d import ProcessGroup
 
 from ckptd.channel import Pipe, listen, private_directory
@@ -25,9 +26,13 @@ from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = 4
+FUNCTIONAL_SENDS = hasattr(torch.ops._c10d_functional, "batch_p2p_ops")  # torch 2.13
 HOOKS = ["hooks"] if hasattr(ProcessGroup, "register_pre_hook") else []  # torch 2.14
 LAYERS = [*(["native"] if tap_build.built() else []), *HOOKS, "python", "patched"]
 FULL = [n for n in LAYERS if n != "patched"]
+SEEN = [*LAYERS, "light"]
+"""What tap_job.py runs."""
+SEEN_FULL = [n for n in SEEN if n != "patched"]
 needs_native = pytest.mark.skipif("native" not in LAYERS, reason="the tap's C++ is not built (python -m ckptd.monitor.tap_build)")
 
 
@@ -44,7 +49,7 @@ def seen(tmp_path_factory) -> list[dict]:
     processes = []
     for r in range(WORLD):
         env = environment(where, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        command = [sys.executable, str(ROOT / "tests/monitor/tap_job.py"), f"{where}/r", ",".join(LAYERS)]
+        command = [sys.executable, str(ROOT / "tests/monitor/tap_job.py"), f"{where}/r", ",".join(SEEN)]
         with (where / f"log{r}").open("w") as log:
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
     try:
@@ -70,15 +75,16 @@ PLAIN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", SEEN)
 def test_calls_of_dist_are_recorded_once_each(seen, layer):
     for said in seen:
         assert operations(said, layer, "plain") == PLAIN
         assert operations(said, layer, "asynchronous") == [("all_reduce", 1024, "f32")] * 3 + [("reduce_scatter", 1024, "f32")]
+        assert operations(said, layer, "groups_own_methods") == [("all_reduce", 1024, "f32")] * 3 + [("broadcast", 1024, "f32"), ("all_gather", 1024, "f32"), ("barrier", 0, "?")]
         assert [op for op, *_ in operations(said, layer, "objects")] == ["broadcast", "broadcast", "all_gather", "all_gather"]
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", SEEN)
 def test_sends_and_receives_name_their_other_end(seen, layer):
     ends = [[(r["op"], r["peer"], r["seq"]) for r in said[layer]["cases"]["sends"] if not r["mark"]] for said in seen]
     assert ends[0] == [("send", 3, 1), ("send", 2, 2), ("send", 1, 3), ("recv", 3, 4)]
@@ -89,7 +95,7 @@ def test_sends_and_receives_name_their_other_end(seen, layer):
         assert all(r["flags"] & record.P2P for r in said[layer]["cases"]["sends"] if not r["mark"])
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", SEEN)
 def test_a_subgroup_counts_for_itself_and_has_global_members(seen, layer):
     for me, said in enumerate(seen):
         found = [(r["op"], r["seq"], r["peer"]) for r in said[layer]["cases"]["subgroup"] if not r["mark"]]
@@ -97,17 +103,18 @@ def test_a_subgroup_counts_for_itself_and_has_global_members(seen, layer):
     assert any(g["members"] == [1, 3] for g in seen[1][layer]["groups"])
 
 
-@pytest.mark.parametrize("layer", FULL)
+@pytest.mark.parametrize("layer", SEEN_FULL)
 def test_callers_in_cpp_are_recorded(seen, layer):
     """DDP's reducer, functional collectives, tensor parallelism, compiled code."""
     for said in seen:
         assert operations(said, layer, "ddp") == [("all_reduce", 33024, "f32"), ("all_reduce", 33280, "f32")]
         assert operations(said, layer, "functional") == [(op, 1024, "f32") for op in ("all_reduce", "all_gather", "reduce_scatter")], "of one tensor, they are the plain ones"
+        assert operations(said, layer, "functional_sends") == [(op, 1024, "f32") for op in ("send", "recv") if FUNCTIONAL_SENDS]
         assert operations(said, layer, "tensor_parallel") == [("all_reduce", 512, "f32")]
         assert operations(said, layer, "compiled") == [("all_reduce", 1024, "f32")]
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", SEEN)
 def test_fsdp_and_a_pipeline_are_recorded(seen, layer):
     for said in seen:
         assert [op for op, *_ in operations(said, layer, "fsdp")] == ["all_gather"] * 4 + ["reduce_scatter"] * 2
@@ -115,10 +122,11 @@ def test_fsdp_and_a_pipeline_are_recorded(seen, layer):
         assert sends == ["recv", "recv", "send", "send"]
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", SEEN)
 def test_what_began_is_known_to_have_ended(seen, layer):
     for said in seen:
-        records = [r for case in said[layer]["cases"].values() for r in case if not r["mark"]]
+        nobody_waits = [r for r in said[layer]["cases"]["functional_sends"] if r["op"] == "send"]  # torch gives back what is received
+        records = [r for case in said[layer]["cases"].values() for r in case if not r["mark"] and r not in nobody_waits]
         assert all(r["returned"] and r["ended"] for r in records), [r for r in records if not r["ended"]]
         assert all(g["done"] == g["entered"] for g in said[layer]["groups"])
         waited = [r for name in ("plain", "asynchronous", "functional") for r in said[layer]["cases"][name] if not r["mark"]]
@@ -126,7 +134,7 @@ def test_what_began_is_known_to_have_ended(seen, layer):
         assert said[layer]["errors"] == 0
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", SEEN)
 def test_members_of_a_group_agree(seen, layer):
     """The same key, and after the same operations the same history, on all members."""
     told: dict[int, set] = {}
@@ -137,7 +145,7 @@ def test_members_of_a_group_agree(seen, layer):
     assert all(len(v) == 1 for v in told.values()), told
 
 
-@pytest.mark.parametrize("layer", [n for n in FULL if n != "native"])
+@pytest.mark.parametrize("layer", [n for n in SEEN_FULL if n != "native"])
 @needs_native
 def test_the_layers_write_the_same(seen, layer):
     names = ("op", "bytes", "dtype", "group", "seq", "peer")
@@ -153,13 +161,13 @@ def test_the_layers_write_the_same(seen, layer):
 def test_errors_come_through_as_they_are(seen):
     plain = seen[0]["plain"]["raised"]
     assert [name for _, name, _ in plain] == ["ValueError", "RuntimeError"]
-    for layer in LAYERS:
+    for layer in SEEN:
         assert seen[0][layer]["raised"] == plain
 
 
 def test_optimizers_end_steps(seen):
     for said in seen:
-        for layer in LAYERS:
+        for layer in SEEN:
             marks = [r["op"] for r in said[layer]["cases"]["ddp"] if r["mark"] and r["op"] in ("optimizer", "step")]
             assert marks == ["optimizer", "step"]
 
@@ -369,6 +377,68 @@ def test_a_group_of_a_backend_that_says_nothing_of_itself(layer):
         return [int(newest["op"]), int(newest["bytes"]), [*its.ring.groups()[int(newest["group"])].members]]
 
     assert with_tap(layer, work) == [record.OPS.index("all_reduce"), 12, [0]]
+
+
+def from_the_start(its) -> dict[str, list[str]]:
+    """A reducer and a compiler that come after the tap: what is recorded of each."""
+    import torch.distributed as dist
+    import torch.distributed._functional_collectives as funcol
+
+    said: dict[str, list[str]] = {}
+
+    def case(name: str, work) -> object:
+        begin = its.writer.records
+        got = work()
+        ops = its.ring.read(begin).records
+        said[name] = [record.OPS[int(o)] for o in ops["op"][(ops["flags"] & record.MARK) == 0]]
+        return got
+
+    group = dist.group.WORLD.group_name
+    compiled = torch.compile(lambda x: funcol.all_reduce(x, "sum", group) + 1, backend="aot_eager")
+    case("before", lambda: dist.all_reduce(torch.ones(3)))
+    case("functional", lambda: float(funcol.all_reduce(torch.ones(3), "sum", group).sum()))
+    case("compiling", lambda: compiled(torch.ones(3)))
+    case("compiled", lambda: compiled(torch.ones(3)))
+    model = case("ddp made", lambda: torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3)))
+    case("ddp", lambda: model(torch.ones(1, 3)).sum().backward())
+    case("after", lambda: dist.all_reduce(torch.ones(3)))
+    case("functional after", lambda: float(funcol.all_reduce(torch.ones(3), "sum", group).sum()))
+    return said
+
+
+@pytest.mark.parametrize("layer", FULL)
+def test_a_reducer_and_a_compiler_that_come_after_the_tap(layer):
+    """Each operation once, whoever calls it, whatever was called before; what a compiler only tries out is none."""
+    said = with_tap(layer, from_the_start)
+    for case in ("before", "functional", "compiling", "compiled", "ddp", "after", "functional after"):
+        assert said[case] == ["all_reduce"], case
+    assert said["ddp made"] == ["all_gather", "broadcast", "broadcast"], "sizes, then parameters"
+
+
+def test_what_others_replaced_after_us_stays():
+    """Another library may put its own method over ours; it is not taken away, and ours in it does nothing any more."""
+
+    def rank(_rank: int) -> list:
+        import torch.distributed as dist
+
+        from ckptd.monitor import tap
+
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        its = tap.current() or tap.attach()
+        ours, broadcast, called = ProcessGroup.allreduce, ProcessGroup.broadcast, []
+
+        def theirs(*args, **options):
+            called.append(1)
+            return ours(*args, **options)
+
+        ProcessGroup.allreduce = theirs
+        its.close()
+        x = torch.ones(3)
+        dist.all_reduce(x)
+        return [its.layer, ProcessGroup.allreduce is theirs, ProcessGroup.broadcast is broadcast, called, float(x.sum()), its.writer.records]
+
+    said = ranks(1, rank, env={"CKPTD_TAP": "python", "CKPTD_DIR": "/nonexistent", "CKPTD_TAP_BUILD": "0"})[0]
+    assert said == ["python", True, False, [1], 3.0, 0]
 
 
 def odd_calls() -> dict[str, object]:

@@ -1,0 +1,174 @@
+"""Callers in C++, seen by kernels in Python at the dispatch key BackendSelect, which all callers of an operator pass. Each call costs what torch takes to call Python, and more
+where arguments are objects of its own, so operators are hooked only where nothing cheaper sees their callers.
+
+    Functional    `_c10d_functional`: functional collectives, DTensor, compiled code; and the waits for what they return
+    Operators     `c10d` itself: what is left is DDP's reducer and its like
+
+Sources: torch/csrc/distributed/c10d/Ops.cpp and Functional.cpp (what is dispatched), ATen/core/dispatch (what BackendSelect is).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import Any
+
+import torch
+from torch._C import _distributed_c10d as c10d
+
+from ckptd.monitor.tap_ops import BY_NAME, OPS, Op
+from ckptd.monitor.tap_seen import NO_WORK, RECORDED, Entered, Seen
+
+Library: Any = torch.library.Library
+FUNCTIONAL = {
+    "all_reduce": "allreduce_", "all_reduce_": "allreduce_", "all_reduce_coalesced": "allreduce_coalesced_", "all_reduce_coalesced_": "allreduce_coalesced_",
+    "all_gather_into_tensor": "_allgather_base_", "all_gather_into_tensor_out": "_allgather_base_", "all_gather_into_tensor_coalesced": "allgather_into_tensor_coalesced_",
+    "reduce_scatter_tensor": "_reduce_scatter_base_", "reduce_scatter_tensor_out": "_reduce_scatter_base_",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter_tensor_coalesced_", "all_to_all_single": "alltoall_base_", "broadcast": "broadcast_", "broadcast_": "broadcast_",
+}  # fmt: skip
+"""What functional collectives become. What they work on is their first argument; their group comes by name."""
+OTHERS = ("isend", "irecv", "batch_p2p_ops")
+"""What else torch has there (from 2.13): rare, and left to the operators that they call."""
+
+
+_AFTER = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)  # noqa: SLF001  torch has no public name for it; the attach's trial says if it is gone
+
+
+def _handing_on(op: Any) -> Any:
+    """Calls what lies below. `op.redispatch` would pack all arguments once more."""
+    redispatch, after = op._handle.redispatch_boxed, _AFTER  # noqa: SLF001  likewise
+
+    def handing_on(keys: Any, *args: Any, **options: Any) -> Any:
+        return redispatch(keys & after, *args, **options)
+
+    return handing_on
+
+
+HANDING_ON = next(c for c in _handing_on.__code__.co_consts if getattr(c, "co_name", "") == "handing_on")
+
+
+def _names(op: Any) -> list[str]:
+    return [a.name for a in op._schema.arguments]  # noqa: SLF001  torch has no public name for it
+
+
+class Functional:
+    """Kernels of `_c10d_functional`. `other`: called before one of OTHERS; without it, only waits are seen (somebody else sees the operations)."""
+
+    def __init__(self, seen: Seen, other: Callable[[], None] | None = None) -> None:
+        self._seen = seen
+        self._library: Any = Library("_c10d_functional", "IMPL")
+        ops = torch.ops._c10d_functional  # noqa: SLF001  torch has no public name for it; the attach's trial says if it is gone
+        self._impl("wait_tensor", self._waiting(ops.wait_tensor.default))
+        if other is None:
+            return
+        for name, becomes in FUNCTIONAL.items():
+            packet = getattr(ops, name, None)
+            if packet is not None:
+                enter = self._reader(BY_NAME[becomes], _names(packet.default).index("group_name") + 1)
+                self._impl(name, seen.recorded(_handing_on(packet.default), enter, self._outputs))
+        for name in OTHERS:
+            packet = getattr(ops, name, None)
+            if packet is not None:
+                self._impl(name, self._after(other, packet.default._handle.redispatch_boxed))  # noqa: SLF001  likewise
+
+    def _impl(self, name: str, kernel: Any) -> None:
+        self._library.impl(name, kernel, "BackendSelect", with_keyset=True)
+
+    def _reader(self, op: Op, group_at: int) -> Any:
+        enter, unbox = self._seen.enter, c10d.ProcessGroup.unbox
+        resolve: Any = c10d._resolve_process_group  # noqa: SLF001  torch has no public name for it; the attach's trial says if it is gone
+
+        def reader(args: Any, _options: Any, now_ns: int) -> Entered | None:
+            tensors, group = args[1], args[group_at]
+            first = tensors if isinstance(tensors, torch.Tensor) else tensors[0]
+            if first.is_meta:  # a compiler asks what would come of it
+                return None
+            return enter(op, tensors, resolve(group) if type(group) is str else unbox(group), -1, asynchronous=True, now_ns=now_ns)
+
+        return reader
+
+    def _outputs(self, said: Any, i: int) -> Any:
+        self._seen.remember(said, i)
+        return NO_WORK
+
+    def _after(self, first: Callable[[], None], redispatch: Any) -> Any:
+        """Not by `_handing_on`: what is called from here is to be seen."""
+        seen = self._seen
+
+        def kernel(keys: Any, *args: Any, **options: Any) -> Any:
+            try:
+                first()
+            except Exception:  # noqa: BLE001  never into the user's code
+                seen.failed()
+            return redispatch(keys & _AFTER, *args, **options)
+
+        return kernel
+
+    def _waiting(self, op: Any) -> Any:
+        seen, writer, original = self._seen, self._seen.writer, _handing_on(op)
+
+        def wait_tensor(keys: Any, tensor: Any) -> Any:
+            i = None
+            try:
+                i = None if writer.off else seen.take_output(tensor)
+            except Exception:  # noqa: BLE001  a tensor without storage
+                seen.failed()
+            if i is None:
+                return original(keys, tensor)
+            began_ns = monotonic_ns()
+            said = original(keys, tensor)
+            writer.waited(i, began_ns, done=not tensor.is_cuda)
+            return said
+
+        return wait_tensor
+
+    def remove(self) -> None:
+        """Unregister."""
+        self._library._destroy()  # noqa: SLF001  a Library is unregistered by this, or when it is collected
+
+
+class Operators:
+    """Kernels of `c10d`. What comes here out of a method or a functional collective is recorded there."""
+
+    def __init__(self, seen: Seen) -> None:
+        self._seen = seen
+        self._library: Any = Library("c10d", "IMPL")
+        for spec in OPS:
+            packet = getattr(torch.ops.c10d, spec.name, None)
+            if packet is not None:
+                self._library.impl(spec.name, seen.recorded(_handing_on(packet.default), self._reader(spec, packet.default), self._work), "BackendSelect", with_keyset=True)
+
+    def _reader(self, spec: Op, op: Any) -> Any:
+        """What begins with these arguments, which count from the keys."""
+        names = ["", *_names(op)]
+        defaults = {a.name: a.default_value for a in op._schema.arguments}  # noqa: SLF001  torch has no public name for it; the attach's trial says if it is gone
+        group_at = names.index("process_group")
+        peer_at = next((names.index(n) for n in ("dst", "src") if n in names), 0) if spec.p2p else 0
+        async_at = names.index("async_op") if "async_op" in names else 0
+        async_default = bool(defaults.get("async_op", True)) if async_at else spec.p2p
+        enter, remember, unbox, tensors_at = self._seen.enter, self._seen.remember, c10d.ProcessGroup.unbox, max(spec.tensors, 0) + 1
+
+        def reader(args: Any, _options: Any, now_ns: int) -> Entered | None:
+            if getattr(sys._getframe(1).f_back, "f_code", None) in SEEN_ABOVE:  # noqa: SLF001  the frame is what tells, and costs nothing to ask
+                return None
+            asynchronous = bool(args[async_at]) if 0 < async_at < len(args) else async_default
+            entered = enter(spec, args[tensors_at], unbox(args[group_at]), args[peer_at] if peer_at else -1, asynchronous=asynchronous, now_ns=now_ns)
+            if spec.p2p:  # one of OTHERS called: its wait will be for the tensor
+                remember(args[tensors_at], entered[1])
+            return entered
+
+        return reader
+
+    @staticmethod
+    def _work(said: Any, _i: int) -> Any:
+        work = said[-1] if type(said) is tuple else said
+        return None if work is None else c10d.Work.unbox(work)
+
+    def remove(self) -> None:
+        """Unregister."""
+        self._library._destroy()  # noqa: SLF001  a Library is unregistered by this, or when it is collected
+
+
+SEEN_ABOVE = (RECORDED, HANDING_ON)
+"""Code of the functions whose calls are records already."""
