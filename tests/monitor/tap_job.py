@@ -168,7 +168,7 @@ CASES = [plain, asynchronous, objects, sends, subgroup, functional, functional_s
 def world() -> dict:
     mlp = lambda: nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))  # noqa: E731
     torch.manual_seed(0)
-    w = {"odd": dist.new_group([1, 3]), "pairs": [dist.new_group([0, 1]) for _ in range(5)]}
+    w = {"odd": dist.new_group([1, 3]), "pairs": [dist.new_group([0, 1]) for _ in range(8)]}
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     w["ddp"] = DistributedDataParallel(mlp(), bucket_cap_mb=0.02)
     w["ddp_optimizer"] = torch.optim.SGD(w["ddp"].parameters(), lr=0.1)

@@ -357,7 +357,7 @@ def with_tap(layer: str, work) -> object:
     return ranks(1, rank, env={"CKPTD_TAP": layer, "CKPTD_DIR": "/nonexistent", "CKPTD_TAP_BUILD": "0"})[0]
 
 
-@pytest.mark.parametrize("layer", FULL)
+@pytest.mark.parametrize("layer", [n for n in FULL if n != "hooks"])  # torch's hooks are a group's own: one that nobody told of has none
 def test_a_group_of_a_backend_that_says_nothing_of_itself(layer):
     """Nobody told Python of this group, and its backend gives no options: a process died of asking it."""
 
