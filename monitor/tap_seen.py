@@ -176,10 +176,10 @@ class Seen:
             self.writer.ended(i)
             return
         self.works[id(work)] = work, i, device
-        self._recent = work  # held, so that the caller is given the same object and its wait finds it
         if len(self.works) > PENDING_MAX:
             self._sweep()
         if asynchronous and not device and (op.code, op.even) not in self._no_future:
+            self._recent = work  # held, for its end may come before the caller has it, who is to be given the same object: its wait is found by that
             self._follow(op, i, work)
 
     def remember(self, outputs: Any, i: int) -> None:
