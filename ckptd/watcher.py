@@ -45,8 +45,8 @@ log = logging.getLogger("ckptd.watcher")
 
 LOOK_S = 0.25
 """Between looks at where ranks stand."""
-DRAIN_S = 0.5
-"""Between reads of what they did: several short steps are summed in one pass."""
+DRAIN_S, DRAIN_SHORT_S = 0.5, 1.0
+"""Between reads of what they did: several short steps are summed in one pass. The second where steps are so short that not all are told, unless a ring fills."""
 PULSE_S = 1.0
 """A rank that moves says so this often; one that stands still, at every look."""
 IDLE_MS = 1000
@@ -93,6 +93,11 @@ class Rank:
     """Its launcher ends it."""
     thread: schedstat.Thread = field(default_factory=schedstat.Thread)
     """The one that trains."""
+
+    @property
+    def filling(self) -> bool:
+        """Whether half of the ring was not read yet."""
+        return self.ring.word("head") - self.steps.begin > self.ring.capacity // 2
 
     def close(self) -> None:
         """Let go of its ring, and of what it is looked at with."""
@@ -255,7 +260,7 @@ class Watcher:
     def _look(self, job: Job, now_s: float) -> None:
         pulses: list[report.Pulse] = []
         infos: list[report.RankInfo] = []
-        due = [r for r in job.ranks.values() if not r.gone and now_s - r.drained_s >= DRAIN_S]
+        due = [r for r in job.ranks.values() if not r.gone and (now_s - r.drained_s >= (DRAIN_S if job.every == 1 else DRAIN_SHORT_S) or r.filling)]
         for r in due:
             r.drained_s = now_s
             r.steps.every = job.every

@@ -13,7 +13,9 @@ import pytest
 from ckptd.core import wire
 from ckptd.monitor import record
 from ckptd.monitor.ring import Ring
+from ckptd.monitor.steps import Summarizer
 from ckptd.monitor.tap_writer import Writer
+from ckptd.watcher import Rank
 from tests.daemon.conftest import rig  # noqa: F401  the fixture
 from tests.daemon.rig import JOB, ROOT, Client, Refusal, until
 
@@ -52,6 +54,20 @@ class FakeTap(Client):
 
 def watching(client: Client, job: str = JOB) -> dict:
     return client.status()["watched"].get(job) or {}
+
+
+def test_a_ring_that_fills_is_read_before_its_time():
+    """Where steps are short a ring is read once a second; half a ring sooner."""
+    ring = Ring.create(1024)
+    writer = Writer(ring)
+    rank = Rank(0, None, ring, os.getpid(), Summarizer(0))
+    for _ in range(512):
+        writer.mark(record.GC, 1, 2)
+    assert not rank.filling
+    writer.mark(record.GC, 1, 2)
+    assert rank.filling
+    rank.steps.begin = 513
+    assert not rank.filling
 
 
 def test_steps_of_all_ranks_are_joined(rig):  # noqa: F811
