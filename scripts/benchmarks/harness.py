@@ -220,11 +220,11 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 
 @contextlib.contextmanager
-def daemon(directory: Path) -> Iterator[subprocess.Popen[Any]]:
+def daemon(directory: Path, *options: str) -> Iterator[subprocess.Popen[Any]]:
     """A daemon of our own, whose socket lies in `directory`."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "ckptd.cli.main", "daemon", "--dir", str(directory)], stdout=log, stderr=log)
+        process = subprocess.Popen([sys.executable, "-m", "ckptd.cli.main", "daemon", "--dir", str(directory), *options], stdout=log, stderr=log)
     try:
         until_s = time.monotonic() + 30
         while not (directory / "daemon.sock").exists():

@@ -67,6 +67,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     p.add_argument("--seeds", default="", metavar="FIRST:COUNT", help=f"seeds of the cases (default {FIRST_SEED}:1)")
     p.add_argument("--hours", type=float, help="simulated hours without a fault, over all layouts, per 64 ranks (default 24)")
     p.add_argument("--only", default="", metavar="WORD", help="only cases whose kind, group or layout (real jobs: whose name, as slow-ddp-10) contains it")
+    p.add_argument("--record", default="", metavar="DIR", help="real jobs: record there what verdicts are made of, for `ckptd analyze`, and what was done to whom (labels.jsonl)")
     return p.parse_args(arguments)
 
 
@@ -79,7 +80,7 @@ def run(bench: Bench) -> None:
     if a.sim or not chosen:
         simulated(bench, a, seeds)
     if a.real or (not chosen and not bench.quick):
-        watch_real.run(bench, seeds, a.only)
+        watch_real.run(bench, seeds, a.only, a.record)
     if a.overhead:
         tap.overhead(bench)
         watcher.run(bench)

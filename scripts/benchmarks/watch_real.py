@@ -18,11 +18,13 @@ import ctypes
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +44,8 @@ AFTER_S = 1.0
 """How long a case is watched after its fault was named: what comes then is a false alarm, or a contradiction."""
 READY_S = 300.0
 SOON_S = 3 * LOOK_S
+COST_STEPS = 10
+"""So many steps on both sides, at least, to say what a fault cost."""
 STEP_S = 60.0
 """Without a step of rank 0 for this long, and no fault begun, a job is given up."""
 
@@ -111,6 +115,14 @@ class Timeline:
         step = max((n for n, end in self.steps if end <= t), default=0) + 1
         return max(step, self.onset_step) if self.onset_t and t >= self.onset_t else min(step, self.onset_step - 1) if self.onset_t else step
 
+    def cost(self) -> float:
+        """What the job's steps (the middle one) became longer by since the onset, as part of a step: what a rank is given to do more is not always what it costs. 0: not known."""
+        ends = sorted(self.steps)
+        before, after = ([b[1] - a[1] for a, b in pairwise(ends) if (b[0] >= self.onset_step) == since] for since in (False, True))
+        if not self.onset_step or len(before) < COST_STEPS or len(after) < COST_STEPS:
+            return 0.0
+        return statistics.median(after) / statistics.median(before[-3 * COST_STEPS :]) - 1.0
+
     def when(self, s: Seen) -> float:
         """Certain at once: when the coordinator said so. Else the look that found it."""
         told = float(s.verdict["detected_s"])
@@ -132,9 +144,10 @@ def line(row: watch_score.Row, timeline: Timeline) -> str:
     c = row.case
     label = f"rank {c.ranks[0] if c.ranks else '-'} {'/'.join(c.kinds)}" if c.kinds else "quiet"
     when = f"{row.seconds:.2f} s, {row.steps:.0f} steps" if row.named else "-"
+    cost = f" ({timeline.cost():+.1%} since)" if timeline.cost() else ""
     return (
         f"{'ok   ' if right(row) else 'WRONG'} {c.kind} {c.severity} {c.layout} seed {c.seed}: {label}: {when}; said: {row.said or 'nothing'}; "
-        f"step {timeline.usual_s * 1e3:.0f} ms, {len(timeline.steps)} steps, codes {timeline.codes}"
+        f"step {timeline.usual_s * 1e3:.0f} ms{cost}, {len(timeline.steps)} steps, codes {timeline.codes}"
     )
 
 
@@ -396,13 +409,15 @@ def _many(*, quick: bool) -> list[Case]:
 # --- the benchmark ----------------------------------------------------------------------------------------------------------
 
 
-def run(bench: Bench, seeds: range, only: str = "") -> None:
-    """`scripts/bench watch --real`. `seeds`: all cases with each, but for slow links. `only`: a part of the names of the cases that are wanted; slow links have none."""
+def run(bench: Bench, seeds: range, only: str = "", record: str = "") -> None:
+    """`scripts/bench watch --real`. `seeds`: all cases with each, but for slow links. `only`: a part of the names of the cases that are wanted; slow links have none. `record`:
+    where their daemons record them."""
     from benchmarks import watch_links
 
     rows = []
     for seed in seeds:
-        rows += _all(bench.directory / str(seed), [c for c in cases(seed, quick=bench.quick) if only in c.name])
+        chosen = [c for c in cases(seed, quick=bench.quick) if only in c.name]
+        rows += _all(bench.directory / str(seed), chosen, Path(record) / str(seed) if record else None)
     if only:
         bench.notes.append(f"slow links were left out: --only {only}")
     elif bench.quick or (why := watch_links.missing()):
@@ -421,14 +436,22 @@ def run(bench: Bench, seeds: range, only: str = "") -> None:
     bench.raw["real"] = watch_score.facts(rows)
 
 
-def _all(directory: Path, chosen: list[Case]) -> list[watch_score.Row]:
+def _all(directory: Path, chosen: list[Case], record: Path | None = None) -> list[watch_score.Row]:
     rows = []
     for world in sorted({c.world for c in chosen}):
         place = directory / f"w{world}"
-        with harness.daemon(place / "d"), Ranks(place / "r", world, place / "d") as ranks:
+        options = ()
+        if record is not None:
+            (record / f"w{world}").mkdir(parents=True, exist_ok=True)
+            options = ("--record", str(record / f"w{world}"))
+        with harness.daemon(place / "d", *options), Ranks(place / "r", world, place / "d") as ranks:
             for case in (c for c in chosen if c.world == world):
                 timeline = ranks.run(case)
                 rows.append(score(case, timeline))
+                if record is not None:
+                    label = {"job": f"{case.name}-{ranks.number - 1}", "seed": case.seed, "fault": case.fault, "rank": case.rank, "kinds": case.kinds, "said": line(rows[-1], timeline)}
+                    with (record / f"w{world}" / "labels.jsonl").open("a") as f:
+                        f.write(json.dumps(label) + "\n")
                 print(line(rows[-1], timeline), file=sys.stderr, flush=True)
     return rows
 
