@@ -134,7 +134,7 @@ NUMBERED = 1
 BAD_LOSS, BAD_GRAD = 1, 2
 
 LAYERS = ("none", "hooks", "native", "python", "patched")
-"""torch's own hooks; the C++ kernel at the dispatcher; its Python form; patched methods."""
+"""torch's own hooks; C++ kernels at the dispatcher; Python, by methods and kernels; Python, by methods alone."""
 
 
 def ring_bytes(capacity: int) -> int:

@@ -28,10 +28,6 @@ FUNCTIONAL = {
     "reduce_scatter_tensor_coalesced": "reduce_scatter_tensor_coalesced_", "all_to_all_single": "alltoall_base_", "broadcast": "broadcast_", "broadcast_": "broadcast_",
 }  # fmt: skip
 """What functional collectives become. What they work on is their first argument; their group comes by name."""
-OTHERS = ("isend", "irecv", "batch_p2p_ops")
-"""What else torch has there (from 2.13): rare, and left to the operators that they call."""
-
-
 _AFTER = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)  # noqa: SLF001  torch has no public name for it; the attach's trial says if it is gone
 
 
@@ -48,12 +44,19 @@ def _handing_on(op: Any) -> Any:
 HANDING_ON = next(c for c in _handing_on.__code__.co_consts if getattr(c, "co_name", "") == "handing_on")
 
 
+def _all_of(library: str) -> set[str]:
+    """Operators of a library, those without overloads."""
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())  # noqa: SLF001  likewise
+    return {name for owner, _, name in names if owner == library and "." not in name}
+
+
 def _names(op: Any) -> list[str]:
     return [a.name for a in op._schema.arguments]  # noqa: SLF001  torch has no public name for it
 
 
 class Functional:
-    """Kernels of `_c10d_functional`. `other`: called before one of OTHERS; without it, only waits are seen (somebody else sees the operations)."""
+    """Kernels of `_c10d_functional`. `other`: called before what else there is (from 2.13: sends and receives), which is left to the operators that it calls; without it,
+    only waits are seen, for somebody else sees the operations."""
 
     def __init__(self, seen: Seen, other: Callable[[], None] | None = None) -> None:
         self._seen = seen
@@ -62,15 +65,13 @@ class Functional:
         self._impl("wait_tensor", self._waiting(ops.wait_tensor.default))
         if other is None:
             return
-        for name, becomes in FUNCTIONAL.items():
-            packet = getattr(ops, name, None)
-            if packet is not None:
-                enter = self._reader(BY_NAME[becomes], _names(packet.default).index("group_name") + 1)
-                self._impl(name, seen.recorded(_handing_on(packet.default), enter, self._outputs))
-        for name in OTHERS:
-            packet = getattr(ops, name, None)
-            if packet is not None:
-                self._impl(name, self._after(other, packet.default._handle.redispatch_boxed))  # noqa: SLF001  likewise
+        for name in sorted(_all_of("_c10d_functional") - {"wait_tensor"}):
+            op = getattr(ops, name).default
+            if name in FUNCTIONAL:
+                enter = self._reader(BY_NAME[FUNCTIONAL[name]], _names(op).index("group_name") + 1)
+                self._impl(name, seen.recorded(_handing_on(op), enter, self._outputs))
+            else:
+                self._impl(name, self._after(other, op._handle.redispatch_boxed))  # noqa: SLF001  likewise
 
     def _impl(self, name: str, kernel: Any) -> None:
         self._library.impl(name, kernel, "BackendSelect", with_keyset=True)
@@ -154,7 +155,7 @@ class Operators:
                 return None
             asynchronous = bool(args[async_at]) if 0 < async_at < len(args) else async_default
             entered = enter(spec, args[tensors_at], unbox(args[group_at]), args[peer_at] if peer_at else -1, asynchronous=asynchronous, now_ns=now_ns)
-            if spec.p2p:  # one of OTHERS called: its wait will be for the tensor
+            if spec.p2p:  # a functional send or receive: its wait will be for the tensor
                 remember(args[tensors_at], entered[1])
             return entered
 

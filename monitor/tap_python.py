@@ -3,7 +3,8 @@
 - Python calls methods of ProcessGroup, which are replaced (`tap_methods`).
 - Functional collectives are operators of their own, with kernels in Python (`tap_kernels.Functional`).
 - DDP's reducer and its like call c10d's operators from C++. Kernels in Python there are passed by all callers, and cost torch more than all else of the tap, so they come with the
-  first reducer (`tap_kernels.Operators`): its making, and what DDP calls before it, is seen.
+  first reducer (`tap_kernels.Operators`): its making, and what DDP calls before it, is seen. C++ that calls operators and says so to nobody (inductor's C++ wrapper)
+  is seen only from then on.
 
 Where the dispatcher takes no kernels of ours, methods are left (layer "patched"). All members of a job come to the same: each operation is recorded once, by whoever sees it first.
 """

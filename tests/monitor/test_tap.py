@@ -402,6 +402,7 @@ def from_the_start(its) -> dict[str, list[str]]:
     model = case("ddp made", lambda: torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3)))
     case("ddp", lambda: model(torch.ones(1, 3)).sum().backward())
     case("after", lambda: dist.all_reduce(torch.ones(3)))
+    case("differentiable", lambda: torch.ops._c10d_functional_autograd.all_gather_into_tensor(torch.ones(3, requires_grad=True), 1, group).sum().backward())
     case("functional after", lambda: float(funcol.all_reduce(torch.ones(3), "sum", group).sum()))
     return said
 
@@ -412,6 +413,7 @@ def test_a_reducer_and_a_compiler_that_come_after_the_tap(layer):
     said = with_tap(layer, from_the_start)
     for case in ("before", "functional", "compiling", "compiled", "ddp", "after", "functional after"):
         assert said[case] == ["all_reduce"], case
+    assert said["differentiable"] == ["all_gather", "reduce_scatter"]
     assert said["ddp made"] == ["all_gather", "broadcast", "broadcast"], "sizes, then parameters"
 
 
