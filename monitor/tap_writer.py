@@ -33,13 +33,9 @@ _H = _words(record.HEADER)
 _G = _words(record.GROUP)
 _HEAD, _STEP, _PHASE_NS, _ERRORS, _HOOK_NS = (_H[n] for n in ("head", "step", "phase_ns", "errors", "hook_ns"))
 _PHASES_U32 = record.HEADER.fields["phases"][1] // 4  # type: ignore[index]
-_ENTERED, _DONE, _DONE_NS, _OPS_WORD, _P2P_ENTERED, _P2P_NS, _P2P_DONE, _VERSION = (
-    _G[n] for n in ("entered", "done", "done_ns", "op", "p2p_entered", "p2p_ns", "p2p_done", "version")
-)
-_COLLECTIVE = struct.Struct("8Q")
-"""A row from `entered` to the word of `op`: entered, entered_ns, done, done_ns, history, signature, bytes, op."""
-assert _OPS_WORD - _ENTERED == 7  # noqa: S101  likewise
-_pack_collective = _COLLECTIVE.pack_into
+_VERSION, _OPS_WORD, _HISTORY, _SIGNATURE, _BYTES = (_G[n] for n in ("version", "op", "history", "signature", "bytes"))
+_ENTERED, _ENTERED_NS, _DONE, _DONE_NS = (_G[n] for n in ("entered", "entered_ns", "done", "done_ns"))
+_P2P_ENTERED, _P2P_NS, _P2P_DONE = (_G[n] for n in ("p2p_entered", "p2p_ns", "p2p_done"))
 _ROW_WORDS, _RECORD_WORDS = record.GROUP.itemsize // 8, record.RECORD.itemsize // 8
 _GROUPS, _RECORDS = record.GROUPS_AT // 8, record.RECORDS_AT // 8
 _NO_GROUP, _P2P = record.NO_GROUP, record.P2P
@@ -53,12 +49,12 @@ _P2P_OPEN = 0xFF << 24
 class _Row:
     """A row of GROUP as its only writer remembers it: reading it back word by word takes longer than the rest of an operation's record."""
 
-    __slots__ = ("at", "done", "done_ns", "entered", "history", "ops", "p2p_done", "p2p_entered", "version")
+    __slots__ = ("at", "done", "entered", "history", "ops", "p2p_done", "p2p_entered", "version")
 
     def __init__(self, row: int) -> None:
         self.at = _GROUPS + row * _ROW_WORDS
         """Its first word."""
-        self.entered = self.done = self.done_ns = self.history = self.p2p_entered = self.p2p_done = self.version = 0
+        self.entered = self.done = self.history = self.p2p_entered = self.p2p_done = self.version = 0
         self.ops = _U32 << 32
         """The word of `op`; there is no peer yet."""
 
@@ -76,7 +72,7 @@ class Writer:
         self.use(ring)
 
     def use(self, ring: Ring) -> None:
-        """Write here from now on. Whoever wrote there before is no more."""
+        """Write here from now on: a ring without groups."""
         self.ring = ring
         self._bytes = memoryview(ring.memory)
         self._q = self._bytes.cast("Q")
@@ -117,15 +113,17 @@ class Writer:
         """An operation begins: its record's index. `signed`: bytes as far as members must agree on them. `now_ns`: when, if it was read already."""
         flags |= self.coalescing | self.capturing
         now = now_ns or monotonic_ns()
-        q = self._q
         with self.lock:
+            q = self._q
+            g = self._states.get(row)  # none: of a ring that was in use before
+            if g is None:
+                row = _NO_GROUP
             i = self._head
             self._head = q[_HEAD] = i + 1  # no call since the line above: nothing can come between
             at = _RECORDS + (i & self._mask) * _RECORD_WORDS
             q[at] = 0
             seq = 0
-            if row != _NO_GROUP:
-                g = self._states[row]
+            if g is not None:
                 version = g.at + _VERSION
                 q[version] = g.version + 1
                 if flags & _P2P:
@@ -139,7 +137,13 @@ class Writer:
                     sign = signature(op, dtype, signed)
                     g.history = history(g.history, sign)
                     g.ops = g.ops & ~0xFFFF | op | dtype << 8
-                    _pack_collective(self._bytes, (g.at + _ENTERED) * 8, seq, now, g.done, g.done_ns, g.history, sign, nbytes, g.ops)
+                    base = g.at  # whole words one by one: packing them at once clears all of them first, and a reader, or a death, may come between
+                    q[base + _ENTERED] = seq
+                    q[base + _ENTERED_NS] = now
+                    q[base + _HISTORY] = g.history
+                    q[base + _SIGNATURE] = sign
+                    q[base + _BYTES] = nbytes
+                    q[base + _OPS_WORD] = g.ops
                 g.version += 2
                 q[version] = g.version
             _pack_record(self._bytes, at * 8 + 8, now, 0, 0, nbytes, seq & _U32, (self._step + 1) & _U32, row, op, dtype, flags & 0xFF, peer, 0, 0)
@@ -184,10 +188,9 @@ class Writer:
             q[at + 6] = word | flags
         if not q[at + 3]:
             q[at + 3] = now
-        row = word & 0xFF
-        if row == _NO_GROUP:
+        g = self._states.get(word & 0xFF)
+        if g is None:
             return
-        g = self._states[row]
         if word & _P2P_BIT:
             seq = q[at + 5] & _U32 | g.p2p_entered & ~_U32
             if seq > g.p2p_done:
@@ -203,7 +206,7 @@ class Writer:
                 base = g.at
                 q[base + _VERSION] = g.version + 1
                 g.done = q[base + _DONE] = seq
-                g.done_ns = q[base + _DONE_NS] = now
+                q[base + _DONE_NS] = now
                 g.version = q[base + _VERSION] = g.version + 2
 
     # --- marks --------------------------------------------------------------------------------------------------------------
