@@ -82,7 +82,7 @@ class Tap:
     def _take(self, name: str, layer: Any) -> None:
         from ckptd.monitor.tap_batches import Batches
 
-        layer.writer.use(self.ring)
+        getattr(layer, "seen", layer.writer).use(self.ring)
         self._layer, self.layer = layer, name
         self.writer = self.marks.writer = layer.writer
         with contextlib.suppress(Exception):

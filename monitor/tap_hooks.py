@@ -46,12 +46,19 @@ class Hooks:
             raise ImportError(msg)
         self.seen, self.writer = seen, seen.writer
         self.coalesced, self.captured, self.last = seen.coalesced, seen.captured, seen.last
+        self._recent: Any = None
         self._open: dict[tuple[int, int], Entered] = {}
         self._remove: list[Callable[[], None]] = []
-        for pg in [*dist.distributed_c10d._world.pg_map]:  # noqa: SLF001  torch's own users of these hooks take it too
-            self.watch(pg)
-        self._watch_groups()
-        self._parts: list[Any] = [Waits(seen), Functional(seen)]
+        self._parts: list[Any] = []
+        try:
+            for pg in [*dist.distributed_c10d._world.pg_map]:  # noqa: SLF001  torch's own users of these hooks take it too
+                self.watch(pg)
+            self._watch_groups()
+            self._parts.append(Waits(seen))
+            self._parts.append(Functional(seen))
+        except BaseException:
+            self.remove()
+            raise
 
     def watch(self, pg: Any) -> None:
         """Hook a group."""
@@ -86,6 +93,7 @@ class Hooks:
         try:
             known = self._open.pop((pg, args.op_id), None)
             if known is not None:
+                self._recent = args.work  # held, for its end may come before the caller has it, who is to be given the same object: its wait is found by that
                 self.seen.began(known, args.work, monotonic_ns())
         except Exception:  # noqa: BLE001  counted; never into the user's code
             self.seen.failed()

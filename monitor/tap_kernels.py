@@ -9,7 +9,6 @@ Sources: torch/csrc/distributed/c10d/Ops.cpp and Functional.cpp (what is dispatc
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from ckptd.monitor.tap_ops import BY_NAME, OPS, Op
-from ckptd.monitor.tap_seen import NO_WORK, RECORDED, Entered, Seen
+from ckptd.monitor.tap_seen import NO_WORK, Entered, Seen
 
 Library: Any = torch.library.Library
 FUNCTIONAL = {
@@ -28,6 +27,8 @@ FUNCTIONAL = {
     "reduce_scatter_tensor_coalesced": "reduce_scatter_tensor_coalesced_", "all_to_all_single": "alltoall_base_", "broadcast": "broadcast_", "broadcast_": "broadcast_",
 }  # fmt: skip
 """What functional collectives become. What they work on is their first argument; their group comes by name."""
+AS_REAL = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+"""Those that send complex numbers as real ones."""
 _AFTER = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)  # noqa: SLF001  torch has no public name for it; the attach's trial says if it is gone
 
 
@@ -39,9 +40,6 @@ def _handing_on(op: Any) -> Any:
         return redispatch(keys & after, *args, **options)
 
     return handing_on
-
-
-HANDING_ON = next(c for c in _handing_on.__code__.co_consts if getattr(c, "co_name", "") == "handing_on")
 
 
 def _all_of(library: str) -> set[str]:
@@ -68,15 +66,15 @@ class Functional:
         for name in sorted(_all_of("_c10d_functional") - {"wait_tensor"}):
             op = getattr(ops, name).default
             if name in FUNCTIONAL:
-                enter = self._reader(BY_NAME[FUNCTIONAL[name]], _names(op).index("group_name") + 1)
+                enter = self._reader(BY_NAME[FUNCTIONAL[name]], _names(op).index("group_name") + 1, other, real=name in AS_REAL)
                 self._impl(name, seen.recorded(_handing_on(op), enter, self._outputs))
-            else:
-                self._impl(name, self._after(other, op._handle.redispatch_boxed))  # noqa: SLF001  likewise
+            elif "group_name" in _names(op):
+                self._impl(name, self._first(other, op._handle.redispatch_boxed))  # noqa: SLF001  likewise
 
     def _impl(self, name: str, kernel: Any) -> None:
         self._library.impl(name, kernel, "BackendSelect", with_keyset=True)
 
-    def _reader(self, op: Op, group_at: int) -> Any:
+    def _reader(self, op: Op, group_at: int, other: Callable[[], None], *, real: bool) -> Any:
         enter, unbox = self._seen.enter, c10d.ProcessGroup.unbox
         resolve: Any = c10d._resolve_process_group  # noqa: SLF001  torch has no public name for it; the attach's trial says if it is gone
 
@@ -85,7 +83,13 @@ class Functional:
             first = tensors if isinstance(tensors, torch.Tensor) else tensors[0]
             if first.is_meta:  # a compiler asks what would come of it
                 return None
-            return enter(op, tensors, resolve(group) if type(group) is str else unbox(group), -1, asynchronous=True, now_ns=now_ns)
+            pg = resolve(group) if type(group) is str else unbox(group)
+            if type(pg) is not c10d.ProcessGroup:  # written in Python: what it calls is seen
+                other()
+                return None
+            if real and first.is_complex():  # what travels is the same memory as real numbers
+                tensors = torch.view_as_real(tensors.detach())
+            return enter(op, tensors, pg, -1, asynchronous=True, now_ns=now_ns)
 
         return reader
 
@@ -93,8 +97,8 @@ class Functional:
         self._seen.remember(said, i)
         return NO_WORK
 
-    def _after(self, first: Callable[[], None], redispatch: Any) -> Any:
-        """Not by `_handing_on`: what is called from here is to be seen."""
+    def _first(self, first: Callable[[], None], redispatch: Any) -> Any:
+        """Calls `first`, and hands on."""
         seen = self._seen
 
         def kernel(keys: Any, *args: Any, **options: Any) -> Any:
@@ -118,7 +122,11 @@ class Functional:
             if i is None:
                 return original(keys, tensor)
             began_ns = monotonic_ns()
-            said = original(keys, tensor)
+            try:
+                said = original(keys, tensor)
+            except BaseException:
+                writer.waited(i, began_ns, done=True, failed=True)
+                raise
             writer.waited(i, began_ns, done=not tensor.is_cuda)
             return said
 
@@ -130,13 +138,13 @@ class Functional:
 
 
 class Operators:
-    """Kernels of `c10d`. What comes here out of a method or a functional collective is recorded there."""
+    """Kernels of `c10d`, which `ops` is. What comes here out of a method or a functional collective is recorded there."""
 
-    def __init__(self, seen: Seen) -> None:
+    def __init__(self, seen: Seen, ops: Any) -> None:
         self._seen = seen
         self._library: Any = Library("c10d", "IMPL")
         for spec in OPS:
-            packet = getattr(torch.ops.c10d, spec.name, None)
+            packet = getattr(ops, spec.name, None)
             if packet is not None:
                 self._library.impl(spec.name, seen.recorded(_handing_on(packet.default), self._reader(spec, packet.default), self._work), "BackendSelect", with_keyset=True)
 
@@ -148,10 +156,12 @@ class Operators:
         peer_at = next((names.index(n) for n in ("dst", "src") if n in names), 0) if spec.p2p else 0
         async_at = names.index("async_op") if "async_op" in names else 0
         async_default = bool(defaults.get("async_op", True)) if async_at else spec.p2p
+        inside = self._seen.inside
         enter, remember, unbox, tensors_at = self._seen.enter, self._seen.remember, c10d.ProcessGroup.unbox, max(spec.tensors, 0) + 1
 
         def reader(args: Any, _options: Any, now_ns: int) -> Entered | None:
-            if getattr(sys._getframe(1).f_back, "f_code", None) in SEEN_ABOVE:  # noqa: SLF001  the frame is what tells, and costs nothing to ask
+            if inside.recorded:
+                inside.recorded = False
                 return None
             asynchronous = bool(args[async_at]) if 0 < async_at < len(args) else async_default
             entered = enter(spec, args[tensors_at], unbox(args[group_at]), args[peer_at] if peer_at else -1, asynchronous=asynchronous, now_ns=now_ns)
@@ -169,7 +179,3 @@ class Operators:
     def remove(self) -> None:
         """Unregister."""
         self._library._destroy()  # noqa: SLF001  a Library is unregistered by this, or when it is collected
-
-
-SEEN_ABOVE = (RECORDED, HANDING_ON)
-"""Code of the functions whose calls are records already."""

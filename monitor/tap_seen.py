@@ -12,6 +12,7 @@ Threads: any; of two that wait for one work, one is told of.
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from time import monotonic_ns
@@ -22,12 +23,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Work
 
 from ckptd.monitor import record
+from ckptd.monitor.ring import Ring
 from ckptd.monitor.tap_ops import SINGLE, Op, group_key
 from ckptd.monitor.tap_writer import Writer
 
 PENDING_MAX = 64
 """Works held because their end is not known yet; past that, those that are done are let go, then the oldest."""
 OUTPUTS_MAX = 256
+"""Outputs of functional operations that nobody has waited for yet; the oldest are forgotten."""
 DTYPES = {
     torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.float16: "f16", torch.float32: "f32",
     torch.float64: "f64", torch.bfloat16: "bf16", torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
@@ -37,8 +40,9 @@ _DTYPE_CODES = {dtype: record.DTYPES.index(name) for dtype, name in DTYPES.items
 _OTHER = record.DTYPES.index("other")
 _ASYNC, _DEVICE = record.ASYNC, record.DEVICE
 SAMPLED = 63
-"""One operation in so many and one has its time in the tap measured."""
+"""Operations whose index has none of these bits, one in 64, have their time in the tap measured."""
 NO_WORK = object()
+"""Instead of the Work of a functional operation, which stays in C++: only the wait for its output, or a later operation of its group, says that it is done."""
 Failed = Callable[[], None]
 Ref: Any = weakref.ref
 WORK: Any = Work
@@ -50,7 +54,7 @@ def measure(x: Any) -> tuple[int, int, bool]:
     if type(x) is list and len(x) == 1:  # nearly always
         x = x[0]
     if isinstance(x, torch.Tensor):
-        return x.nbytes, _DTYPE_CODES.get(x.dtype, _OTHER), not x.is_cpu
+        return x.numel() * x.itemsize, _DTYPE_CODES.get(x.dtype, _OTHER), not x.is_cpu
     if not x:
         return 0, 0, False
     nbytes, dtype, device = measure(x[0])
@@ -71,6 +75,12 @@ Entered = tuple[Op, int, bool, bool]
 """An operation that began: what it is, its record, whether it is on a device, and asynchronous. (A bare tuple: one with names takes as long to make as all that is in it.)"""
 
 
+class Inside(threading.local):
+    """Of a thread. `recorded`: the next operator that it comes to is recorded already."""
+
+    recorded = False
+
+
 class Seen:
     """Operations, works and groups as Python meets them. Errors of its own are counted by `failed`, never raised."""
 
@@ -82,7 +92,15 @@ class Seen:
         """By their address: the work (a reference to it, once it is done), its record, whether it is on a device."""
         self._outputs: dict[int, int] = {}
         self._no_future: set[tuple[int, bool]] = set()
-        self._recent: Any = None
+        self.inside = Inside()
+
+    def use(self, ring: Ring) -> None:
+        """Write there from now on: what was seen before is in another ring."""
+        with self.writer.lock:
+            self.writer.use(ring)
+            self._groups = {}
+            self.works.clear()
+            self._outputs.clear()
 
     def coalesced(self, by: int) -> None:
         """A coalesced batch begins (1) or ended (-1)."""
@@ -112,9 +130,8 @@ class Seen:
         """A function that does what `original` does, and records it; what goes wrong in here is counted, and never reaches who calls.
 
         `enter(args, options, now_ns)`: what begins with these arguments; None: nothing that is to be recorded. `work_of(said, i)`: the Work in what was returned, if any.
-        All these functions have one code object, RECORDED: by it one is known that was called out of another.
         """
-        writer, began, failed = self.writer, self.began, self.failed
+        writer, began, failed, inside = self.writer, self.began, self.failed, self.inside
 
         @functools.wraps(original)
         def recorded(*args: Any, **options: Any) -> Any:
@@ -130,12 +147,15 @@ class Seen:
                 return original(*args, **options)
             i = entered[1]
             called_ns = 0 if i & SAMPLED else monotonic_ns()
+            before, inside.recorded = inside.recorded, True
             try:
                 said = original(*args, **options)
             except BaseException:
                 writer.returned(i, monotonic_ns())
                 writer.ended(i, failed=True)
                 raise
+            finally:
+                inside.recorded = before
             back_ns = monotonic_ns()
             try:
                 began(entered, work_of(said, i), back_ns)
@@ -179,7 +199,6 @@ class Seen:
         if len(self.works) > PENDING_MAX:
             self._sweep()
         if asynchronous and not device and (op.code, op.even) not in self._no_future:
-            self._recent = work  # held, for its end may come before the caller has it, who is to be given the same object: its wait is found by that
             self._follow(op, i, work)
 
     def remember(self, outputs: Any, i: int) -> None:
@@ -231,9 +250,6 @@ class Seen:
         return self._outputs.pop(tensor.untyped_storage()._cdata, None)  # noqa: SLF001  torch has no public name for it; the attach's self-test says if it is gone
 
 
-RECORDED = next(c for c in Seen.recorded.__code__.co_consts if getattr(c, "co_name", "") == "recorded")
-
-
 class Waits:
     """`Work.wait`, replaced so that waiting is seen."""
 
@@ -247,8 +263,8 @@ class Waits:
 
         @functools.wraps(original)
         def wait(work: Any, *args: Any, **options: Any) -> Any:
-            known = None if writer.off else works.pop(id(work), None)  # told of once
-            if known is None or (known[0] is not work and not (type(known[0]) is Ref and known[0]() is work)):
+            known = works.pop(id(work), None)  # told of once
+            if known is None or writer.off or (known[0] is not work and not (type(known[0]) is Ref and known[0]() is work)):
                 return original(work, *args, **options)
             began_ns = monotonic_ns()
             try:

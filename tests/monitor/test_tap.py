@@ -399,10 +399,10 @@ def from_the_start(its) -> dict[str, list[str]]:
     case("functional", lambda: float(funcol.all_reduce(torch.ones(3), "sum", group).sum()))
     case("compiling", lambda: compiled(torch.ones(3)))
     case("compiled", lambda: compiled(torch.ones(3)))
+    case("differentiable", lambda: torch.ops._c10d_functional_autograd.all_gather_into_tensor(torch.ones(3, requires_grad=True), 1, group).sum().backward())
     model = case("ddp made", lambda: torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3)))
     case("ddp", lambda: model(torch.ones(1, 3)).sum().backward())
     case("after", lambda: dist.all_reduce(torch.ones(3)))
-    case("differentiable", lambda: torch.ops._c10d_functional_autograd.all_gather_into_tensor(torch.ones(3, requires_grad=True), 1, group).sum().backward())
     case("functional after", lambda: float(funcol.all_reduce(torch.ones(3), "sum", group).sum()))
     return said
 
@@ -417,6 +417,160 @@ def test_a_reducer_and_a_compiler_that_come_after_the_tap(layer):
     assert said["ddp made"] == ["all_gather", "broadcast", "broadcast"], "sizes, then parameters"
 
 
+def odd_callers(its) -> dict[str, list]:
+    """Calls that few make: what is recorded of each, as (operation, bytes, dtype), with what is amiss."""
+    import datetime as dt
+    import warnings
+
+    import torch.distributed as dist
+    from torch._C import _distributed_c10d as c10d
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    warnings.simplefilter("ignore")
+    said: dict[str, list] = {}
+
+    def case(name: str, work, *, raises: bool = False) -> object:
+        begin, got = its.writer.records, None
+        try:
+            got = work()
+        except RuntimeError:
+            assert raises, name
+        time.sleep(0.02)
+        ops = [r for r in its.ring.read(begin).records if not int(r["flags"]) & record.MARK]
+        said[name] = [[record.OPS[r["op"]], int(r["bytes"]), record.DTYPES[r["dtype"]]] + ["open"] * (not int(r["ended_ns"])) for r in ops]
+        said[name] += ["failed"] * any(int(r["flags"]) & record.FAILED for r in ops)
+        return got
+
+    def group_of(cls, name: str):
+        group = cls(dist.HashStore(), 0, 1) if cls is dist.ProcessGroup else cls()
+        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, c10d.ProcessGroupGloo(dist.HashStore(), 0, 1, dt.timedelta(seconds=10)))
+        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        group._set_group_name(name)
+        return group
+
+    class Named(dist.ProcessGroup):
+        """Overrides nothing that matters."""
+
+        def __init__(self) -> None:
+            super().__init__(0, 1)
+
+        def getBackendName(self) -> str:
+            return "named"
+
+    class Overrides(Named):
+        def allreduce(self, tensors, opts):
+            return super().allreduce(tensors, opts)
+
+        def barrier(self, opts):
+            return super().barrier(opts)
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    x, pg, functional, name = torch.ones(3), dist.group.WORLD, torch.ops._c10d_functional, dist.group.WORLD.group_name
+    wait = functional.wait_tensor
+
+    def in_a_mode(work):
+        with Mode():
+            work()
+
+    def embedding():
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Embedding(5, 2, sparse=True))
+        begin = its.writer.records
+        model(torch.tensor([1, 3])).sum().backward()
+        return begin
+
+    # before anything made the Python tap whole
+    case("opts and tensors by name", lambda: pg.allreduce(opts=dist.AllreduceOptions(), tensors=[x]).wait())
+    case("tensor by name", lambda: pg.broadcast(root=0, tensor=x).wait())
+    case("input by name", lambda: pg.allgather(input_tensors=[x], output_tensors=[[x.clone()]]).wait())
+    case("a group of no class", lambda: ProcessGroup.allreduce(self=pg, tensors=[x]).wait())
+    for kind, op in (("all_reduce", ("sum", name)), ("all_reduce_", ("sum", name)), ("all_gather_into_tensor", (1, name)), ("broadcast", (0, name))):
+        case(f"complex {kind}", lambda kind=kind, op=op: wait(getattr(functional, kind)(torch.ones(3, dtype=torch.complex64), *op)))
+    case("a wait that raises", lambda: wait(functional.all_to_all_single(torch.ones(3, dtype=torch.complex64), [3], [3], name)), raises=True)
+    case("mode, functional", lambda: in_a_mode(lambda: wait(functional.all_reduce(x, "sum", name))))
+    case("direct", lambda: c10d.Work.unbox(torch.ops.c10d.barrier(x, pg.boxed(), [], False, -1)).wait())
+    case("dtensor", lambda: wait(torch.ops._dtensor.shard_dim_alltoall(torch.ones(2, 2), 0, 1, name)))
+    named, overrides = group_of(Named, "named"), group_of(Overrides, "overrides")
+    case("a class of Python's", lambda: named.allreduce([x], dist.AllreduceOptions()).wait())
+    case("its coalesced", lambda: named.allgather_into_tensor_coalesced([x.clone()], [x], c10d.AllgatherOptions()).wait())
+    case("an override", lambda: overrides.allreduce([x], dist.AllreduceOptions()).wait())
+    case("its barrier", lambda: overrides.barrier(dist.BarrierOptions()).wait())
+    c10d._register_process_group("overrides", overrides)
+    case("functional on it", lambda: wait(functional.all_reduce(x, "sum", "overrides")))
+    begin = case("sparse", embedding)
+    sparse = [r for r in its.ring.read(begin).records if not int(r["flags"]) & record.MARK]
+    said["sparse"] = [[record.OPS[r["op"]], int(r["bytes"])] for r in sparse]
+    case("mode, whole", lambda: in_a_mode(lambda: dist.all_reduce(x)))
+    case("mode, barrier", lambda: in_a_mode(dist.barrier))
+    said["history"] = [hex(g.history) for g in its.ring.groups()]
+    said["errors"] = [int(its.ring.header["errors"][0])]
+    return said
+
+
+def test_odd_callers():
+    """Each is recorded as C++ records it; nothing raises that does not without a tap."""
+    found = {layer: with_tap(layer, odd_callers) for layer in FULL if layer != "hooks"}
+    one, first = [["all_reduce", 12, "f32"]], next(iter(found.values()))
+    for layer, said in found.items():
+        for name in ("opts and tensors by name", "a group of no class", "mode, functional", "a class of Python's", "an override", "functional on it", "mode, whole"):
+            assert said[name] == one, (layer, name)
+        assert said["tensor by name"] == [["broadcast", 12, "f32"]], layer
+        assert said["complex all_reduce"] == [["all_reduce", 24, "f32"]], layer
+        assert said["a wait that raises"][-1] == "failed", layer
+        assert said["errors"] == [0], layer
+        assert {k: v for k, v in said.items() if v != first[k]} == {}, layer
+
+
+@pytest.mark.parametrize("layer", [n for n in FULL if n != "hooks"])
+def test_works_and_tensors_are_let_go_once_they_were_waited_for(layer):
+    def work(_its):
+        import gc
+        import weakref
+
+        import torch.distributed as dist
+
+        alive = []
+        for asynchronous in (True, False):
+            x = torch.ones(1000)
+            its = weakref.ref(x)
+            w = dist.all_reduce(x, async_op=asynchronous)
+            if w is not None:
+                w.wait()
+            del w, x
+            gc.collect()
+            alive.append(its() is not None)
+        return alive
+
+    assert with_tap(layer, work) == [False, False]
+
+
+def test_collectives_of_another_thread_while_a_layer_is_tried():
+    """What was seen on the trial's ring is not taken for what is on the tap's."""
+
+    def rank(_rank: int) -> list:
+        import torch.distributed as dist
+
+        from ckptd.monitor import tap
+
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        taking = tap.Tap._take
+
+        def take(its, name, layer):
+            dist.all_reduce(torch.ones(2))  # as if another thread came here
+            taking(its, name, layer)
+
+        tap.Tap._take = take
+        its = tap.current() or tap.attach()
+        for _ in range(20):
+            dist.all_reduce(torch.ones(2))
+        found = its.ring.read(0).records
+        return [its.layer, int(its.ring.header["errors"][0]), len(found), its.ring.groups()[0].entered]
+
+    assert ranks(1, rank, env={"CKPTD_TAP": "python", "CKPTD_DIR": "/nonexistent", "CKPTD_TAP_BUILD": "0"})[0] == ["python", 0, 20, 20]
+
+
 def test_what_others_replaced_after_us_stays():
     """Another library may put its own method over ours; it is not taken away, and ours in it does nothing any more."""
 
@@ -428,6 +582,7 @@ def test_what_others_replaced_after_us_stays():
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
         its = tap.current() or tap.attach()
         ours, broadcast, called = ProcessGroup.allreduce, ProcessGroup.broadcast, []
+        dist._broadcast_coalesced = replaced = lambda *_: None
 
         def theirs(*args, **options):
             called.append(1)
@@ -437,10 +592,10 @@ def test_what_others_replaced_after_us_stays():
         its.close()
         x = torch.ones(3)
         dist.all_reduce(x)
-        return [its.layer, ProcessGroup.allreduce is theirs, ProcessGroup.broadcast is broadcast, called, float(x.sum()), its.writer.records]
+        return [its.layer, ProcessGroup.allreduce is theirs, ProcessGroup.broadcast is broadcast, called, float(x.sum()), its.writer.records, dist._broadcast_coalesced is replaced]
 
     said = ranks(1, rank, env={"CKPTD_TAP": "python", "CKPTD_DIR": "/nonexistent", "CKPTD_TAP_BUILD": "0"})[0]
-    assert said == ["python", True, False, [1], 3.0, 0]
+    assert said == ["python", True, False, [1], 3.0, 0, True]
 
 
 def odd_calls() -> dict[str, object]:
