@@ -114,6 +114,11 @@ def test_callers_in_cpp_are_recorded(seen, layer):
         assert operations(said, layer, "compiled") == [("all_reduce", 1024, "f32")]
 
 
+def test_operators_have_kernels_in_python_only_where_somebody_calls_them(seen):
+    """Not for FSDP2, tensor parallelism, pipelines, functional collectives, compiled code."""
+    assert {name for said in seen for name in said["light"]["whole"]} == {"ddp", *["functional_sends"] * FUNCTIONAL_SENDS}
+
+
 @pytest.mark.parametrize("layer", SEEN)
 def test_fsdp_and_a_pipeline_are_recorded(seen, layer):
     for said in seen:
