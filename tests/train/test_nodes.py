@@ -95,7 +95,8 @@ def test_lost_nodes_cost_no_step_and_no_storage_is_read(place, nodes, parity, lo
     assert [s for s, _ in again] == ["memory"] * len(left)
     alone = live(place / "alone", [0], start=0, steps=5)
     stop_daemon(place / "alone" / "d0")
-    assert again[0][1] == pytest.approx(alone[0][1], rel=1e-6), "it went on as if nothing had happened"
+    # Six ranks' average is no exact sixth: processors differ in the last bits of single numbers, and sums of moments nearly cancel.
+    assert again[0][1] == pytest.approx(alone[0][1], rel=1e-6, abs=1e-6), "it went on as if nothing had happened"
     back = live(place, left, start=5, steps=0, parity=min(parity, len({*left}) - 1))
     assert back[0] == ["memory", again[0][1]]
 
