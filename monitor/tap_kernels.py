@@ -34,7 +34,7 @@ _AFTER = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect
 
 def _handing_on(op: Any) -> Any:
     """Calls what lies below. `op.redispatch` would pack all arguments once more."""
-    redispatch, after = op._handle.redispatch_boxed, _AFTER  # noqa: SLF001  likewise
+    redispatch, after = op._handle.redispatch_boxed, _AFTER  # noqa: SLF001  the public way is the slow one; the attach's trial says if this is gone
 
     def handing_on(keys: Any, *args: Any, **options: Any) -> Any:
         return redispatch(keys & after, *args, **options)
@@ -44,12 +44,12 @@ def _handing_on(op: Any) -> Any:
 
 def _all_of(library: str) -> set[str]:
     """Operators of a library, those without overloads."""
-    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())  # noqa: SLF001  likewise
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())  # noqa: SLF001  torch has no public list of operators
     return {name for owner, _, name in names if owner == library and "." not in name}
 
 
 def _names(op: Any) -> list[str]:
-    return [a.name for a in op._schema.arguments]  # noqa: SLF001  torch has no public name for it
+    return [a.name for a in op._schema.arguments]  # noqa: SLF001  an operator's schema has no public name
 
 
 class Functional:
@@ -69,7 +69,7 @@ class Functional:
                 enter = self._reader(BY_NAME[FUNCTIONAL[name]], _names(op).index("group_name") + 1, other, real=name in AS_REAL)
                 self._impl(name, seen.recorded(_handing_on(op), enter, self._outputs))
             elif "group_name" in _names(op):
-                self._impl(name, self._first(other, op._handle.redispatch_boxed))  # noqa: SLF001  likewise
+                self._impl(name, self._first(other, op._handle.redispatch_boxed))  # noqa: SLF001  as in `_handing_on`
 
     def _impl(self, name: str, kernel: Any) -> None:
         self._library.impl(name, kernel, "BackendSelect", with_keyset=True)

@@ -43,11 +43,10 @@ METHODS: dict[str, tuple[str, int, int]] = {
     "recv_anysource": ("recv_any_source_", 0, -1),
 }
 """Method of ProcessGroup: (operator, where its tensors are, where its peer is), counted without self; -1: nowhere."""
-
-
 NAMES = (("tensors", "tensor", "output_tensors", "output_tensor"), ("input_tensors", "input_tensor", "input", "inputs", "input_list", "inputTensor"))
 """What tensors in the first and in the second place are called."""
 PEERS = ("dstRank", "srcRank")
+TENSORS = (list, tuple, Tensor)
 
 
 class Method:
@@ -106,9 +105,6 @@ def _reader(seen: Seen, op: Op, tensors_at: int, peer_at: int) -> Any:
         return enter(op, tensors, pg, peer, asynchronous=getattr(last, "asyncOp", asynchronous_by_default), now_ns=now_ns)
 
     return reader
-
-
-TENSORS = (list, tuple, Tensor)
 
 
 def _named(options: Any, names: tuple[str, ...]) -> Any:

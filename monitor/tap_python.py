@@ -29,13 +29,11 @@ from ckptd.monitor.tap_seen import Seen, Waits
 
 CALLERS = ("_broadcast_coalesced", "_verify_params_across_processes")
 """Functions of C++ that call operators; DDP does before it makes its reducer."""
-
-
 LIBRARIES = ("c10d", "_c10d_functional_autograd", "_dtensor")
 """Of operators that Python may call, and that call c10d's from C++."""
 
 
-class _Asked(type(torch.ops.c10d)):  # type: ignore[misc]
+class _Asked(type(torch.ops.c10d)):  # type: ignore[misc]  # torch's own class, which has no public name: dynamo knows libraries by it
     """A library of operators, as `torch.ops` has it, that tells before it gives one."""
 
     def __init__(self, library: Any, tell: Callable[[], None]) -> None:

@@ -161,7 +161,7 @@ class Seen:
                 began(entered, work_of(said, i), back_ns)
                 if called_ns:
                     writer.hook_ns((SAMPLED + 1) * (called_ns - began_ns + monotonic_ns() - back_ns))
-            except Exception:  # noqa: BLE001  likewise
+            except Exception:  # noqa: BLE001  counted; never into the user's code
                 failed()
             return said
 

@@ -41,7 +41,7 @@ _GROUPS, _RECORDS = record.GROUPS_AT // 8, record.RECORDS_AT // 8
 _NO_GROUP, _P2P = record.NO_GROUP, record.P2P
 _FAILED, _WAITED, _P2P_BIT = (flag << 24 for flag in (record.FAILED, record.WAITED, record.P2P))
 """Flags as they lie in a record's seventh word: group, op, dtype, flags, peer."""
-_U32, _U64 = 0xFFFFFFFF, (1 << 64) - 1
+_U32 = 0xFFFFFFFF
 _P2P_OPEN = 0xFF << 24
 """`p2p_open` in the word of `op`."""
 

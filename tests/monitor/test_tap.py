@@ -516,7 +516,7 @@ def odd_callers(its) -> dict[str, list]:
 
 def test_odd_callers():
     """Each is recorded as C++ records it; nothing raises that does not without a tap."""
-    found = {layer: with_tap(layer, odd_callers) for layer in FULL if layer != "hooks"}
+    found = {layer: with_tap(layer, odd_callers) for layer in FULL if layer != "hooks"}  # which belong to groups that Python was told of
     one, first = [["all_reduce", 12, "f32"]], next(iter(found.values()))
     for layer, said in found.items():
         for name in ("opts and tensors by name", "a group of no class", "mode, functional", "a class of Python's", "an override", "functional on it", "mode, whole"):
@@ -528,7 +528,7 @@ def test_odd_callers():
         assert {k: v for k, v in said.items() if v != first[k]} == {}, layer
 
 
-@pytest.mark.parametrize("layer", [n for n in FULL if n != "hooks"])
+@pytest.mark.parametrize("layer", [n for n in FULL if n != "hooks"])  # which hold the newest work
 def test_works_and_tensors_are_let_go_once_they_were_waited_for(layer):
     def work(_its):
         import gc
